@@ -1,0 +1,1 @@
+"""Grouped-query attention of the dense students."""

@@ -1,0 +1,1 @@
+"""Matrix products of expert-sorted rows with one matrix per expert."""

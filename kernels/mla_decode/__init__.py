@@ -1,0 +1,1 @@
+"""Latent attention for one token per row, over the compressed cache."""

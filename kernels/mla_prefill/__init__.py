@@ -1,0 +1,1 @@
+"""Latent attention over whole prompts, with expanded heads."""

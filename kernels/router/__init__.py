@@ -1,0 +1,1 @@
+"""Expert choice: scores, groups, top-k, weights."""
