@@ -85,7 +85,9 @@ class Quantization:
                 " in these families"
             )
         if self.scale_fmt not in (None, "ue8m0"):
-            raise ConfigError(f"quantization_config.scale_fmt is {self.scale_fmt!r}; expected absent or 'ue8m0'")
+            raise ConfigError(
+                f"quantization_config.scale_fmt is {self.scale_fmt!r}; expected absent or 'ue8m0'"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +150,11 @@ class Config:
     @property
     def num_dense_layers(self) -> int:
         """Leading layers with an ordinary feed-forward network; all of them for the students."""
-        return min(self.first_k_dense_replace, self.num_hidden_layers) if self.is_mla else self.num_hidden_layers
+        return (
+            min(self.first_k_dense_replace, self.num_hidden_layers)
+            if self.is_mla
+            else self.num_hidden_layers
+        )
 
     @property
     def num_moe_layers(self) -> int:
@@ -220,14 +226,26 @@ def _check(c: Config) -> None:
     if c.model_type not in MLA_TYPES + STUDENT_TYPES:
         known = ", ".join(MLA_TYPES + STUDENT_TYPES)
         raise ConfigError(f"model_type {c.model_type!r} is not one of the families here ({known})")
-    positive = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    positive = [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    ]
     positive += ["num_key_value_heads", "max_position_embeddings"]
     if c.is_mla:
         positive += ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
         if c.q_lora_rank is not None:
             positive.append("q_lora_rank")
         if c.num_moe_layers or c.num_nextn_predict_layers:
-            positive += ["n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"]
+            positive += [
+                "n_routed_experts",
+                "num_experts_per_tok",
+                "moe_intermediate_size",
+                "n_group",
+                "topk_group",
+            ]
     elif c.head_dim is not None:
         positive.append("head_dim")
     natural = ["n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"]
@@ -238,7 +256,11 @@ def _check(c: Config) -> None:
             raise ConfigError(f"{name} is {value!r}; expected an integer from {low} to {limit}")
     for name in ("rms_norm_eps", "rope_theta", "initializer_range", "routed_scaling_factor"):
         value = getattr(c, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not (0 < value < math.inf)
+        ):
             raise ConfigError(f"{name} is {value!r}; expected a positive finite number")
     for name in ("tie_word_embeddings", "norm_topk_prob"):
         if not isinstance(getattr(c, name), bool):
@@ -250,11 +272,15 @@ def _check(c: Config) -> None:
         ("scoring_func", ("softmax", "sigmoid")),
     ):
         if getattr(c, name) not in allowed:
-            raise ConfigError(f"{name} is {getattr(c, name)!r}; expected one of {', '.join(map(str, allowed))}")
+            raise ConfigError(
+                f"{name} is {getattr(c, name)!r}; expected one of {', '.join(map(str, allowed))}"
+            )
     for name in ("bos_token_id", "eos_token_id"):
         value = getattr(c, name)
         ids = value if isinstance(value, tuple) else (value,)
-        if any(i is not None and (isinstance(i, bool) or not isinstance(i, int) or i < 0) for i in ids):
+        if any(
+            i is not None and (isinstance(i, bool) or not isinstance(i, int) or i < 0) for i in ids
+        ):
             raise ConfigError(f"{name} is {value!r}; expected a token id or a list of them")
     if c.is_mla:
         _check_experts(c)
@@ -264,7 +290,9 @@ def _check(c: Config) -> None:
                 f" ({c.num_attention_heads})"
             )
         if c.qk_rope_head_dim % 2:
-            raise ConfigError(f"qk_rope_head_dim is {c.qk_rope_head_dim}; rope needs an even number")
+            raise ConfigError(
+                f"qk_rope_head_dim is {c.qk_rope_head_dim}; rope needs an even number"
+            )
     else:
         if c.num_attention_heads % c.num_key_value_heads:
             raise ConfigError(
@@ -278,7 +306,9 @@ def _check(c: Config) -> None:
         if c.head_size % 2:
             raise ConfigError(f"the head size is {c.head_size}; rope needs an even number")
         if c.quantization_config is not None:
-            raise ConfigError(f"quantization_config: no {c.model_type} student was published in FP8")
+            raise ConfigError(
+                f"quantization_config: no {c.model_type} student was published in FP8"
+            )
         if c.num_nextn_predict_layers:
             raise ConfigError(f"num_nextn_predict_layers: {c.model_type} models have no MTP layer")
 
@@ -287,7 +317,9 @@ def _check_experts(c: Config) -> None:
     if not (c.num_moe_layers or c.num_nextn_predict_layers):
         return
     if c.n_routed_experts % c.n_group:
-        raise ConfigError(f"n_group {c.n_group} does not divide n_routed_experts {c.n_routed_experts}")
+        raise ConfigError(
+            f"n_group {c.n_group} does not divide n_routed_experts {c.n_routed_experts}"
+        )
     if c.topk_group > c.n_group:
         raise ConfigError(f"topk_group {c.topk_group} is larger than n_group {c.n_group}")
     eligible = c.n_routed_experts // c.n_group * (c.topk_group if c.grouped else c.n_group)
@@ -296,7 +328,9 @@ def _check_experts(c: Config) -> None:
             f"num_experts_per_tok {c.num_experts_per_tok} exceeds the {eligible} experts that routing can reach"
         )
     if c.group_score == "top2" and c.grouped and c.n_routed_experts // c.n_group < 2:
-        raise ConfigError(f"n_group {c.n_group} leaves one expert a group; the top-2 group score needs two")
+        raise ConfigError(
+            f"n_group {c.n_group} leaves one expert a group; the top-2 group score needs two"
+        )
     v2 = c.model_type == "deepseek_v2"
     if v2 != (c.scoring_func == "softmax") or v2 == (c.topk_method == "noaux_tc"):
         raise ConfigError(
@@ -312,7 +346,9 @@ def _from_hf(hf: dict[str, Any]) -> Config:
         raise ConfigError("config.json has no model_type")
     model_type = hf["model_type"]
     if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
-        raise ConfigError(f"model_type {model_type!r} is not one of the families here ({', '.join(_ARCHITECTURES)})")
+        raise ConfigError(
+            f"model_type {model_type!r} is not one of the families here ({', '.join(_ARCHITECTURES)})"
+        )
     mla = model_type in MLA_TYPES
     left = dict(hf)
     values: dict[str, Any] = {}
@@ -327,7 +363,9 @@ def _from_hf(hf: dict[str, Any]) -> Config:
     for key in ("n_group", "topk_group"):  # transformers writes null where there are no groups
         if key in values and values[key] is None:
             values[key] = 1
-    required = _COMMON_FIELDS[:8] + (tuple(k for k in _MLA_FIELDS if k != "q_lora_rank") if mla else ())
+    required = _COMMON_FIELDS[:8] + (
+        tuple(k for k in _MLA_FIELDS if k != "q_lora_rank") if mla else ()
+    )
     optional = {"norm_topk_prob", "num_key_value_heads"}
     if missing := [k for k in required if k not in values and k not in optional]:
         raise ConfigError(f"config.json of model_type {model_type} lacks {', '.join(missing)}")
@@ -335,7 +373,9 @@ def _from_hf(hf: dict[str, Any]) -> Config:
     if mla:
         values["num_nextn_predict_layers"] = left.pop("num_nextn_predict_layers", 0)
         if left.get("head_dim", values["qk_rope_head_dim"]) != values["qk_rope_head_dim"]:
-            raise ConfigError(f"head_dim is {left['head_dim']}; transformers writes qk_rope_head_dim there")
+            raise ConfigError(
+                f"head_dim is {left['head_dim']}; transformers writes qk_rope_head_dim there"
+            )
     else:
         values["head_dim"] = left.pop("head_dim", None)
     dtype = [left.pop(k) for k in ("torch_dtype", "dtype") if k in left]
@@ -351,11 +391,16 @@ def _from_hf(hf: dict[str, Any]) -> Config:
     for key, value in left.items():
         if key in _FIXED:
             if not _FIXED[key](value, hf):
-                raise ConfigError(f"{key} is {value!r}, which no released model of these families uses")
+                raise ConfigError(
+                    f"{key} is {value!r}, which no released model of these families uses"
+                )
         elif key not in _BOOKKEEPING and not (mla and key == "head_dim"):
-            raise ConfigError(f"unknown key {key!r} in config.json: it may change the computation, so it is refused")
-        inert[key] = json.dumps(value)
-    return Config(**values, inert=tuple(inert.items()))
+            raise ConfigError(
+                f"unknown key {key!r} in config.json: it may change the computation, so it is refused"
+            )
+        inert[key] = json.dumps(value, sort_keys=True)
+    # sorted: two files that differ only in the order of their keys make equal configs
+    return Config(**values, inert=tuple(sorted(inert.items())))
 
 
 def _quantization(q: Any) -> Quantization:
@@ -368,8 +413,12 @@ def _quantization(q: Any) -> Quantization:
         if key not in fixed and key not in ("weight_block_size", "scale_fmt"):
             raise ConfigError(f"unknown key 'quantization_config.{key}'")
     if q.get("quant_method") != "fp8" or not isinstance(q.get("weight_block_size"), list):
-        raise ConfigError("quantization_config needs quant_method 'fp8' and weight_block_size [128, 128]")
-    return Quantization(weight_block_size=tuple(q["weight_block_size"]), scale_fmt=q.get("scale_fmt"))
+        raise ConfigError(
+            "quantization_config needs quant_method 'fp8' and weight_block_size [128, 128]"
+        )
+    return Quantization(
+        weight_block_size=tuple(q["weight_block_size"]), scale_fmt=q.get("scale_fmt")
+    )
 
 
 def _to_hf(c: Config) -> dict[str, Any]:
@@ -381,7 +430,9 @@ def _to_hf(c: Config) -> dict[str, Any]:
         hf["head_dim"] = c.head_dim
     hf["torch_dtype"] = c.dtype
     hf["bos_token_id"] = c.bos_token_id
-    hf["eos_token_id"] = list(c.eos_token_id) if isinstance(c.eos_token_id, tuple) else c.eos_token_id
+    hf["eos_token_id"] = (
+        list(c.eos_token_id) if isinstance(c.eos_token_id, tuple) else c.eos_token_id
+    )
     hf["rope_theta"] = c.rope_theta
     if c.rope_scaling is not None:
         hf["rope_scaling"] = c.rope_scaling.to_hf()

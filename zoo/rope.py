@@ -44,17 +44,31 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.rope_type not in _KEYS:
-            raise ConfigError(f"rope_scaling: rule {self.rope_type!r} is not one of {', '.join(_KEYS)}")
+            raise ConfigError(
+                f"rope_scaling: rule {self.rope_type!r} is not one of {', '.join(_KEYS)}"
+            )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in ("rope_type", "type_key") or value is None:
                 continue
             if field.name not in _KEYS[self.rope_type]:
-                raise ConfigError(f"rope_scaling.{field.name} does not belong to the rule {self.rope_type!r}")
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ConfigError(f"rope_scaling.{field.name} is {value!r}; expected a positive finite number")
-        if self.rope_type == "llama3" and (self.low_freq_factor is None or self.high_freq_factor is None):
-            raise ConfigError("rope_scaling of type 'llama3' needs low_freq_factor and high_freq_factor")
+                raise ConfigError(
+                    f"rope_scaling.{field.name} does not belong to the rule {self.rope_type!r}"
+                )
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not 0 < value < math.inf
+            ):
+                raise ConfigError(
+                    f"rope_scaling.{field.name} is {value!r}; expected a positive finite number"
+                )
+        if self.rope_type == "llama3" and (
+            self.low_freq_factor is None or self.high_freq_factor is None
+        ):
+            raise ConfigError(
+                "rope_scaling of type 'llama3' needs low_freq_factor and high_freq_factor"
+            )
 
     def softmax_mscale(self) -> float:
         """Factor that latent attention puts, squared, on the softmax scale: 0.1 * mscale_all_dim * ln(factor) + 1."""
@@ -70,7 +84,9 @@ class RopeScaling:
         if self.rope_type != "yarn":
             return 1.0
         if self.mscale and self.mscale_all_dim:
-            base = yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
+            base = yarn_mscale(self.factor, self.mscale) / yarn_mscale(
+                self.factor, self.mscale_all_dim
+            )
         else:
             base = yarn_mscale(self.factor, 1.0)
         if self.attention_factor is not None:
@@ -86,13 +102,17 @@ class RopeScaling:
         scaling = hf.pop("rope_scaling", None)
         if (parameters := hf.pop("rope_parameters", None)) is not None:
             if scaling is not None:
-                raise ConfigError("config.json has both rope_scaling and rope_parameters; keep one of them")
+                raise ConfigError(
+                    "config.json has both rope_scaling and rope_parameters; keep one of them"
+                )
             if not isinstance(parameters, dict):
                 raise ConfigError(f"rope_parameters is {parameters!r}; expected an object")
             scaling = dict(parameters)
             values["rope_theta"] = scaling.pop("rope_theta", values.get("rope_theta", 10000.0))
             if scaling.get("rope_type") == "default":
-                scaling = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")} or None
+                scaling = {
+                    k: v for k, v in scaling.items() if k not in ("rope_type", "type")
+                } or None
         if scaling is None:
             return values
         if not isinstance(scaling, dict):
@@ -100,7 +120,9 @@ class RopeScaling:
         scaling = dict(scaling)
         names = {k: scaling.pop(k) for k in ("type", "rope_type") if k in scaling}
         if len(set(names.values())) != 1:
-            raise ConfigError(f"rope_scaling names its rule as {names or 'nothing'}; expected one of {', '.join(_KEYS)}")
+            raise ConfigError(
+                f"rope_scaling names its rule as {names or 'nothing'}; expected one of {', '.join(_KEYS)}"
+            )
         rule = next(iter(names.values()))
         known = _KEYS.get(rule, set())
         for key in ("factor", "original_max_position_embeddings"):
@@ -117,7 +139,9 @@ class RopeScaling:
     def to_hf(self) -> dict[str, Any]:
         """The `rope_scaling` object as published."""
         skip = ("rope_type", "type_key")
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skip}
+        values = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skip
+        }
         return {self.type_key: self.rope_type} | {k: v for k, v in values.items() if v is not None}
 
 
@@ -166,7 +190,11 @@ def cos_sin(
 
 
 def rotate(
-    x: Float[Array, "*B T R"], cos: Float[Array, "*B T R/2"], sin: Float[Array, "*B T R/2"], *, interleaved: bool
+    x: Float[Array, "*B T R"],
+    cos: Float[Array, "*B T R/2"],
+    sin: Float[Array, "*B T R/2"],
+    *,
+    interleaved: bool,
 ) -> Float[Array, "*B T R"]:
     """Rotates pairs of `x` in float32; the result has the first members of all pairs first, then the second.
 

@@ -1,0 +1,122 @@
+"""Latent decode attention in XLA: a loop over blocks of the cache that ends where the longest sequence ends.
+
+B batch  T query  S cache capacity  H heads  C latent  R rope  W width of a result
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+_BLOCK = 512
+
+
+def attend_blocks(
+    score: Callable[[Callable[[jax.Array], jax.Array]], jax.Array],
+    mix: Callable[[jax.Array, Callable[[jax.Array], jax.Array]], jax.Array],
+    lengths: jax.Array,
+    capacity: int,
+    shape: tuple[int, int, int, int],
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention over a cache of `capacity` entries, a block at a time (arXiv 1805.02867's running maximum).
+
+    The trip count follows the longest visible length, so a long, mostly empty cache costs what it holds.
+
+    Args:
+        score: takes a function that cuts the current block out of a cache array [B, S, ...], returns float32 [B, H, T, s].
+        mix: takes weights float32 [B, H, T, s] and such a function, which also zeroes entries nobody sees; returns
+            float32 [B, T, H, W].
+        lengths: int32 [B, T], entries visible to each query.
+        capacity: S.
+        shape: (B, T, H, W).
+
+    Returns:
+        float32 [B, T, H, W] and log-sum-exp float32 [B, T, H]; 0 and -inf where nothing is visible.
+    """
+    batch, queries, heads, _ = shape
+    block = min(_BLOCK, capacity)
+    row_end = lengths.max(axis=1)
+
+    def step(index, carry):
+        top, total, out = carry
+        first = jnp.minimum(index * block, capacity - block)
+        position = first + jnp.arange(block)
+        fresh = position >= index * block  # the last block may reach back into the one before it
+        visible = fresh & (position < lengths[..., None])
+
+        def cut(a):
+            return jax.lax.dynamic_slice_in_dim(a, first, block, axis=1)
+
+        def cut_clean(a):
+            part = cut(a)
+            held = (position < row_end[:, None]).reshape(batch, block, *(1,) * (a.ndim - 2))
+            return jnp.where(held, part, jnp.zeros((), a.dtype))
+
+        scores = jnp.where(visible[:, None], score(cut), -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
+        weight = jnp.exp(scores - new_top)
+        decay = jnp.exp(top - new_top)
+        out = out * decay.swapaxes(1, 2) + mix(weight, cut_clean)
+        return new_top, total * decay + weight.sum(axis=-1, keepdims=True), out
+
+    lowest = jnp.finfo(jnp.float32).min
+    start = (
+        jnp.full((batch, heads, queries, 1), lowest, jnp.float32),
+        jnp.zeros((batch, heads, queries, 1), jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+    )
+    if capacity <= block:
+        top, total, out = step(0, start)
+    else:
+        top, total, out = jax.lax.fori_loop(0, (row_end.max() + block - 1) // block, step, start)
+    seen = total > 0
+    safe = jnp.where(seen, total, 1.0)
+    lse = jnp.where(seen, jnp.log(safe) + top, -jnp.inf)[..., 0].swapaxes(1, 2)
+    return out / safe.swapaxes(1, 2), lse
+
+
+def mla_decode(
+    q_latent: jax.Array,
+    q_rope: jax.Array,
+    latent: jax.Array,
+    k_rope: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Absorbed attention of one or a few queries a row over the latent cache.
+
+    Args:
+        q_latent: [B, T, H, C], queries with the key up-projection folded in.
+        q_rope: [B, T, H, R], rotated.
+        latent: [B, S, C], the normalised latents.
+        k_rope: [B, S, R], rotated.
+        lengths: int32 [B] or [B, T], cache entries visible to each query.
+        scale: softmax scale.
+
+    Returns:
+        Mixed latents [B, T, H, C] in q_latent's dtype and log-sum-exp float32 [B, T, H].
+    """
+    batch, queries, heads, width = q_latent.shape
+    lengths = jnp.broadcast_to(lengths.reshape(batch, -1), (batch, queries))
+
+    def score(cut):
+        both = jnp.einsum(
+            "bthc,bsc->bhts", q_latent, cut(latent), preferred_element_type=jnp.float32
+        )
+        both += jnp.einsum(
+            "bthr,bsr->bhts", q_rope, cut(k_rope), preferred_element_type=jnp.float32
+        )
+        return both * scale
+
+    def mix(weight, cut):
+        values = cut(latent)
+        return jnp.einsum(
+            "bhts,bsc->bthc",
+            weight.astype(values.dtype),
+            values,
+            preferred_element_type=jnp.float32,
+        )
+
+    out, lse = attend_blocks(score, mix, lengths, latent.shape[1], (batch, queries, heads, width))
+    return out.astype(q_latent.dtype), lse

@@ -1,0 +1,85 @@
+"""Router in plain XLA: a few kilobytes a token, so launches and not bytes are its cost.
+
+M tokens  E experts  K chosen  G groups
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Routing(NamedTuple):
+    """Result of routing M tokens to K of E experts.
+
+    indices: int32 [..., M, K], distinct within a token, best first.
+    weights: float32 [..., M, K], what each chosen expert's output is multiplied by.
+    scores: float32 [..., M, E], unbiased affinities of every expert (the balance losses need all of them).
+    """
+
+    indices: jax.Array
+    weights: jax.Array
+    scores: jax.Array
+
+
+def router(
+    logits: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    k: int,
+    scoring: Literal["softmax", "sigmoid"],
+    groups: int = 1,
+    top_groups: int = 1,
+    group_score: Literal["max", "top2"] = "max",
+    normalise: bool = False,
+    scale: float = 1.0,
+) -> Routing:
+    """Chooses `k` experts for every token.
+
+    The choice is made on biased scores, restricted to the best `top_groups` of `groups` groups where there is more
+    than one; the weights are the unbiased scores of the chosen experts. Excluded groups are masked with -inf, as in
+    the makers' inference code, so that a strongly negative bias cannot bring an excluded expert back.
+
+    Args:
+        logits: float32 [M, E].
+        bias: float32 [E], V3's balancing bias (eq. 16), or None.
+        k: experts per token.
+        scoring: how logits become affinities.
+        groups: number of equal, contiguous groups.
+        top_groups: groups that stay eligible.
+        group_score: V2 scores a group by its best expert, V3 by the sum of its two best.
+        normalise: divide the weights by their sum (V3, eq. 13).
+        scale: `routed_scaling_factor`.
+    """
+    tokens, experts = logits.shape
+    logits = logits.astype(jnp.float32)
+    scores = jax.nn.softmax(logits, axis=-1) if scoring == "softmax" else jax.nn.sigmoid(logits)
+    choice = scores if bias is None else scores + bias
+    if groups > 1:
+        by_group = choice.reshape(tokens, groups, experts // groups)
+        if group_score == "max":
+            rank = by_group.max(axis=-1)
+        else:
+            rank = jax.lax.top_k(by_group, 2)[0].sum(axis=-1)
+        best = jax.lax.top_k(rank, top_groups)[1]
+        keep = jax.nn.one_hot(best, groups, dtype=jnp.bool_).any(axis=1)
+        choice = jnp.where(keep[..., None], by_group, -jnp.inf).reshape(tokens, experts)
+    indices = jax.lax.top_k(choice, k)[1].astype(jnp.int32)
+    weights = jnp.take_along_axis(scores, indices, axis=-1)
+    if normalise:
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    return Routing(indices, weights * scale, scores)
+
+
+def expert_counts(indices: jax.Array, experts: int, mask: jax.Array | None = None) -> jax.Array:
+    """Tokens sent to each expert, int32 [E]; by comparison, not by scatter, so the result is the same on every rerun.
+
+    Args:
+        indices: int32 [..., K].
+        experts: E.
+        mask: bool [...], tokens that count; all of them by default.
+    """
+    hit = indices[..., None] == jnp.arange(experts, dtype=indices.dtype)
+    if mask is not None:
+        hit = hit & mask[..., None, None]
+    return hit.sum(axis=tuple(range(hit.ndim - 1)), dtype=jnp.int32)
