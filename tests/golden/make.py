@@ -10,6 +10,7 @@ expected.npz. The seed of each case is the first whose decisions are far from ti
 deterministic: running this twice on one machine gives the same bytes.
 """
 
+import copy
 import json
 import shutil
 import sys
@@ -75,9 +76,8 @@ def weights(published, seed, name):
     nextn = published.get("num_nextn_predict_layers", 0)
     # The MTP layer holds a whole decoder layer: transformers builds it as one more ordinary layer.
     layers = published["num_hidden_layers"]
-    config = AutoConfig.for_model(
-        **{**published, "num_hidden_layers": layers + nextn, "quantization_config": None}
-    )
+    changes = {"num_hidden_layers": layers + nextn, "quantization_config": None}
+    config = AutoConfig.for_model(**copy.deepcopy(published) | changes)  # it edits rope_scaling
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     tied = published["tie_word_embeddings"]
     oracle.fill(
