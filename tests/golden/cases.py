@@ -252,4 +252,7 @@ BIAS = {"v3_like": (0.0, 0.12), "v3_noq": (0.0, 0.12), "v3_bf16": (0.0, 0.12)}
 # Mean below zero: chosen biased scores are negative, so masked groups filled with 0 would show.
 BIAS |= {"v3_fp8": (-0.7, 0.12), "v3_fp8_ue8m0": (-0.7, 0.12)}
 EXPERT_GAIN = {"v2_like": 1 / 8}
+# Small embeddings, and latents before their norm, where the eps of a norm is 1e-5: so it shows.
+EMBED_GAIN = {"v3_noq": 0.02, "qwen2_untied": 0.02, "llama31_like": 0.02}
+LATENT_GAIN = {"v3_noq": (32, 0.02)}
 SHARD_SIZE = {"v3_like": "250KB"}

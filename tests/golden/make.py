@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import oracle
 import torch
-from cases import BIAS, CONFIGS, EXPERT_GAIN, SHARD_SIZE
+from cases import BIAS, CONFIGS, EMBED_GAIN, EXPERT_GAIN, LATENT_GAIN, SHARD_SIZE
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -80,9 +80,13 @@ def weights(published, seed, name):
     config = AutoConfig.for_model(**copy.deepcopy(published) | changes)  # it edits rope_scaling
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     tied = published["tie_word_embeddings"]
-    oracle.fill(
-        model, seed, tied=tied, bias=BIAS.get(name, (0, 0)), expert_gain=EXPERT_GAIN.get(name, 1)
-    )
+    gains = {
+        "bias": BIAS.get(name, (0, 0)),
+        "experts": EXPERT_GAIN.get(name, 1),
+        "embed": EMBED_GAIN.get(name, published["hidden_size"] ** -0.5 if tied else 1),
+        "latent": LATENT_GAIN.get(name, (0, 1)),
+    }
+    oracle.fill(model, seed, tied=tied, gains=gains)
     with tempfile.TemporaryDirectory() as tmp:
         model.save_pretrained(tmp)
         tensors = load_file(Path(tmp) / "model.safetensors")
@@ -94,7 +98,7 @@ def weights(published, seed, name):
             ("shared_head.norm", (d,)),
             ("eh_proj", (d, 2 * d)),
         ):
-            value = oracle.scaled(seed, at + part, shape)
+            value = oracle.scaled(seed, at + part, shape, gains)
             tensors[f"{at}{part}.weight"] = torch.from_numpy(value).float()
         tensors[at + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors[at + "shared_head.head.weight"] = tensors["lm_head.weight"].clone()

@@ -31,36 +31,43 @@ def draw(seed, name, shape):
     return np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
 
 
-def scaled(seed, name, shape, *, tied=False, bias=(0.0, 0.0), expert_gain=1.0):
-    """The value of one parameter: norms around 1, biases non-zero, logits of a deviation near 1."""
+def scaled(seed, name, shape, gains):
+    """The value of one parameter: norms around 1, biases non-zero, logits of a deviation near 1.
+
+    `gains`: mean and deviation of the router "bias", factors of the "experts"' output and of the
+    "embed"ding, and of the "latent" rows of kv_a_proj_with_mqa (how many, factor).
+    """
     x = draw(seed, name, shape)
     if "norm" in name:
         return np.clip(1 + 0.25 * x, 0.4, 1.8)
     if name.endswith("e_score_correction_bias"):
-        return bias[0] + bias[1] * x
+        return gains["bias"][0] + gains["bias"][1] * x
     if name.endswith(".bias"):
         return 0.5 * x
     if "embed_tokens" in name:
-        return x / shape[-1] ** 0.5 if tied else x
+        return gains["embed"] * x
     gain = 1.0
     if "o_proj" in name or "down_proj" in name:
         gain = 0.7
     if ".experts." in name:
-        gain *= 1.4 * (expert_gain if "down_proj" in name else 1.0)
+        gain *= 1.4 * (gains["experts"] if "down_proj" in name else 1.0)
     if any(part in name for part in ("q_proj", "q_b_proj", "k_proj")):
         gain = 1.4
     if name.endswith("mlp.gate.weight"):
         gain = 1.5  # well spread router choices
+    if "kv_a_proj" in name:
+        rows, factor = gains["latent"]
+        x[:rows] *= factor
     return gain * x / shape[-1] ** 0.5
 
 
-def fill(model, seed, **how):
+def fill(model, seed, *, tied, gains):
     """Overwrite every parameter and persistent buffer of `model` in place."""
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if name == "lm_head.weight" and how.get("tied"):
+            if name == "lm_head.weight" and tied:
                 continue
-            tensor.copy_(torch.from_numpy(scaled(seed, name, tuple(tensor.shape), **how)))
+            tensor.copy_(torch.from_numpy(scaled(seed, name, tuple(tensor.shape), gains)))
 
 
 def load(directory, config=None):
