@@ -245,10 +245,11 @@ def _added(tree: dict[str, Any], settings: dict[str, Any], name: str) -> list[di
 
 
 def _is_control(token: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Special tokens, the tokens with a name, and whatever is written like a mark. The rest are
+    """Special tokens, tokens with a name, and whatever is written like a mark. The rest are
     ordinary words that the vocabulary lacks (single accented letters, in older files)."""
     text: str = token["content"]
-    mark = (text[0] + text[-1] in ("<>", "[]") and len(text) > 2) or BAR in text
+    angled = text[0] == "<" and text.strip("<=>-|/ ") != ""  # "</dsml:" too, but no "<<" or "<="
+    mark = angled or (text[0] + text[-1] == "[]" and len(text) > 2) or BAR in text
     names = [settings.get(key) for key in ("bos_token", "eos_token", "pad_token")]
     named = text in [n.get("content") if isinstance(n, dict) else n for n in names]
     return bool(token.get("special")) or mark or named

@@ -95,6 +95,23 @@ def test_added_words_and_ids_with_gaps() -> None:
     assert TOKENIZER.decode([ordinary["\xf8"]]) == "\xf8"
 
 
+@pytest.mark.parametrize(
+    ("text", "mark"),
+    [
+        *[("<new>", True), ("</dsml:", True), ("[X]", True), (f"{BAR}DSML{BAR}", True)],
+        *[("<<", False), ("<=", False), ("[]", False), ("new", False), ("\xf5", False)],
+    ],
+)
+def test_which_added_tokens_are_control(text: str, mark: bool) -> None:
+    for special in (False, True):
+        tree = _copy()
+        tree["added_tokens"].append({"content": text, "id": 500, "special": special})
+        made = _made(tree, SETTINGS)
+        assert (text in made.control) == (mark or special)
+        assert (made.encode(text) == [500]) == (text not in made.control)
+        assert made.decode(made.encode(text)) == text
+
+
 def _is_mark(token: dict[str, Any]) -> bool:
     return token["content"] in TOKENIZER.control
 
@@ -207,7 +224,7 @@ def test_stream_of_a_decoder_that_looks_back() -> None:
     """A vocabulary that is not made of bytes: word pieces with a space mark, and byte fallback."""
     tree = _copy()
     words = ["\u2581one", "\u2581two", "s", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tree["added_tokens"] = []
+    tree["added_tokens"] = [{"content": "<end>", "id": 300, "special": True}]  # past a gap
     tree["model"] = {
         "type": "BPE",
         "vocab": {word: id for id, word in enumerate(words)},
@@ -221,6 +238,7 @@ def test_stream_of_a_decoder_that_looks_back() -> None:
     made = _made(tree)
     ids = [0, 1, 2, *(3 + byte for byte in "\u00e9".encode()), 1]
     assert made.decode(ids) == "one twos\u00e9 two"
+    assert made.decode([0, 1, 300]) == "one two<end>"
     stream = made.decoder()
     assert [stream.push(id) for id in ids] == ["one", " two", "s", "", "\u00e9", " two"]
     assert stream.push(3 + 0xE9) == ""

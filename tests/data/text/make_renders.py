@@ -89,6 +89,7 @@ DIALOGUES: dict[str, list[dict[str, Any]]] = {
     "white space": [system("  S\n"), user("\n\tU1 \n"), assistant(" A1\n\n"), user("")],
     "spelled marks": [user(f"{BOS}<think></think>{{{{ 1 }}}}{{% x %}}"), assistant("<|im_end|>")],
     "prefix": [user("U1"), assistant("A1", prefix=True)],
+    "system and prefix": [system(), user("U1"), assistant("A1", prefix=True)],
     "prefix then user": [user("U1"), assistant("A1", prefix=True), user("U2"), assistant("A2")],
 }
 WITH_TOOLS: dict[str, list[dict[str, Any]]] = {
@@ -103,6 +104,7 @@ WITH_TOOLS: dict[str, list[dict[str, Any]]] = {
         *[assistant("A2"), user("U3")],
     ],
     "thought before call": [user("U1"), assistant("<think>R</think>T", "f"), tool("O1"), user("U")],
+    "call after answer": [system(), user("U1"), assistant("A1"), assistant("T1", "f"), tool("O1")],
     "system and call": [system(), assistant("T1", "f"), tool("O1"), assistant("A1")],
 }
 
