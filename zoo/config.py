@@ -46,15 +46,16 @@ _FIXED: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
     "use_sliding_window": lambda v, _: v is False,
     "use_mrope": lambda v, _: v is False,
     "rope_interleave": lambda v, _: v is True,
-    "qk_head_dim": lambda v, j: v == j.get("qk_nope_head_dim", 0) + j.get("qk_rope_head_dim", 0),
-    "layer_types": lambda v, _: isinstance(v, list) and set(v) == {"full_attention"},
+    "qk_head_dim": lambda v, j: v == j["qk_nope_head_dim"] + j["qk_rope_head_dim"],
+    "layer_types": lambda v, j: v == ["full_attention"] * j["num_hidden_layers"],
     "mlp_layer_types": lambda v, j: (
-        isinstance(v, list)
-        and v
-        == ["dense"] * j.get("first_k_dense_replace", 0)
-        + ["sparse"] * (j.get("num_hidden_layers", 0) - j.get("first_k_dense_replace", 0))
+        v
+        == ["dense"] * j["first_k_dense_replace"]
+        + ["sparse"] * (j["num_hidden_layers"] - j["first_k_dense_replace"])
     ),
 }
+
+_MLA_ONLY = {"moe_layer_freq", "rope_interleave", "qk_head_dim", "mlp_layer_types"}
 
 _MLA_FIELDS = (
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts",
@@ -226,11 +227,13 @@ def _check(c: Config) -> None:
     if c.model_type not in MLA_TYPES + STUDENT_TYPES:
         known = ", ".join(MLA_TYPES + STUDENT_TYPES)
         raise ConfigError(f"model_type {c.model_type!r} is not one of the families here ({known})")
+    for name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
+        _check_integer(c, name, 0)
+    _check_integer(c, "num_hidden_layers", 1)  # first: the counts of layers below rely on it
     positive = [
         "vocab_size",
         "hidden_size",
         "intermediate_size",
-        "num_hidden_layers",
         "num_attention_heads",
     ]
     positive += ["num_key_value_heads", "max_position_embeddings"]
@@ -248,12 +251,8 @@ def _check(c: Config) -> None:
             ]
     elif c.head_dim is not None:
         positive.append("head_dim")
-    natural = ["n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"]
-    for name in positive + natural:
-        value, low = getattr(c, name), int(name in positive)
-        limit = _LIMITS.get(name, _DEFAULT_LIMIT)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= limit:
-            raise ConfigError(f"{name} is {value!r}; expected an integer from {low} to {limit}")
+    for name in positive:
+        _check_integer(c, name, 1)
     for name in ("rms_norm_eps", "rope_theta", "initializer_range", "routed_scaling_factor"):
         value = getattr(c, name)
         if (
@@ -313,6 +312,12 @@ def _check(c: Config) -> None:
             raise ConfigError(f"num_nextn_predict_layers: {c.model_type} models have no MTP layer")
 
 
+def _check_integer(c: Config, name: str, low: int) -> None:
+    value, limit = getattr(c, name), _LIMITS.get(name, _DEFAULT_LIMIT)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= limit:
+        raise ConfigError(f"{name} is {value!r}; expected an integer from {low} to {limit}")
+
+
 def _check_experts(c: Config) -> None:
     if not (c.num_moe_layers or c.num_nextn_predict_layers):
         return
@@ -366,7 +371,9 @@ def _from_hf(hf: dict[str, Any]) -> Config:
     required = _COMMON_FIELDS[:8] + (
         tuple(k for k in _MLA_FIELDS if k != "q_lora_rank") if mla else ()
     )
-    optional = {"norm_topk_prob", "num_key_value_heads"}
+    optional = {"num_key_value_heads"} | (
+        {"norm_topk_prob"} if model_type == "deepseek_v2" else set()
+    )
     if missing := [k for k in required if k not in values and k not in optional]:
         raise ConfigError(f"config.json of model_type {model_type} lacks {', '.join(missing)}")
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
@@ -378,19 +385,22 @@ def _from_hf(hf: dict[str, Any]) -> Config:
             )
     else:
         values["head_dim"] = left.pop("head_dim", None)
-    dtype = [left.pop(k) for k in ("torch_dtype", "dtype") if k in left]
-    if dtype and dtype[0] is not None:
-        values["dtype"] = dtype[0]
+    dtypes = [v for k in ("torch_dtype", "dtype") if (v := left.pop(k, None)) is not None]
+    if dtypes and dtypes[0] != dtypes[-1]:
+        raise ConfigError(f"torch_dtype is {dtypes[0]!r} but dtype is {dtypes[1]!r}; keep one")
+    if dtypes:
+        values["dtype"] = dtypes[0]
     values["bos_token_id"] = left.pop("bos_token_id", None)
     eos = left.pop("eos_token_id", None)
     values["eos_token_id"] = tuple(eos) if isinstance(eos, list) else eos
     values |= RopeScaling.pop_from(left)
     if (quantization := left.pop("quantization_config", None)) is not None:
         values["quantization_config"] = _quantization(quantization)
+    config = Config(**values)  # checks the values, so that the rules below may rely on them
     inert = {}
     for key, value in left.items():
-        if key in _FIXED:
-            if not _FIXED[key](value, hf):
+        if key in _FIXED and (mla or key not in _MLA_ONLY):
+            if not _FIXED[key](value, values):
                 raise ConfigError(
                     f"{key} is {value!r}, which no released model of these families uses"
                 )
@@ -400,7 +410,7 @@ def _from_hf(hf: dict[str, Any]) -> Config:
             )
         inert[key] = json.dumps(value, sort_keys=True)
     # sorted: two files that differ only in the order of their keys make equal configs
-    return Config(**values, inert=tuple(sorted(inert.items())))
+    return dataclasses.replace(config, inert=tuple(sorted(inert.items())))
 
 
 def _quantization(q: Any) -> Quantization:

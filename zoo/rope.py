@@ -119,22 +119,19 @@ class RopeScaling:
             raise ConfigError(f"rope_scaling is {scaling!r}; expected an object")
         scaling = dict(scaling)
         names = {k: scaling.pop(k) for k in ("type", "rope_type") if k in scaling}
-        if len(set(names.values())) != 1:
+        rule = next(iter(names.values()), None)
+        if any(name != rule for name in names.values()) or rule not in list(_KEYS):
             raise ConfigError(
-                f"rope_scaling names its rule as {names or 'nothing'}; expected one of {', '.join(_KEYS)}"
+                f"rope_scaling names its rule as {names or 'nothing'};"
+                f" expected one of {', '.join(_KEYS)}"
             )
-        rule = next(iter(names.values()))
-        known = _KEYS.get(rule, set())
         for key in ("factor", "original_max_position_embeddings"):
-            if rule in _KEYS and key not in scaling:
+            if scaling.get(key) is None:
                 raise ConfigError(f"rope_scaling of type {rule!r} lacks {key}")
-        if unknown := [k for k in scaling if rule in _KEYS and k not in known]:
+        if unknown := [k for k in scaling if k not in _KEYS[rule]]:
             raise ConfigError(f"unknown key 'rope_scaling.{unknown[0]}' for the rule {rule!r}")
         type_key = "type" if list(names) == ["type"] else "rope_type"
-        scaling = {k: v for k, v in scaling.items() if rule in _KEYS}
-        scaling.setdefault("factor", 1.0)
-        scaling.setdefault("original_max_position_embeddings", 1)
-        return values | {"rope_scaling": cls(rope_type=str(rule), type_key=type_key, **scaling)}
+        return values | {"rope_scaling": cls(rope_type=rule, type_key=type_key, **scaling)}
 
     def to_hf(self) -> dict[str, Any]:
         """The `rope_scaling` object as published."""
