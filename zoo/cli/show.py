@@ -32,7 +32,7 @@ class Show:
     Example: deepzoo show deepseek-r1
     """
 
-    name: Annotated[str, tyro.conf.Positional]
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     """A name that `deepzoo models` lists, or a local directory with a config.json."""
     json: bool = False
     """Print everything as JSON, the config included."""
