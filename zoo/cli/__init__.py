@@ -1,1 +1,108 @@
-"""The command line."""
+"""The command line: `deepzoo COMMAND ...`.
+
+Only the module of the command that was asked for is imported, so that help and mistakes answer at
+once. A module `deepzoo.zoo.cli.<name>` holds one frozen dataclass, `<Name>`, whose fields are the
+options, and `run(command) -> int`.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from deepzoo.zoo.errors import DeepzooError
+
+COMMANDS = {
+    "models": "List the released models and those that ship with the package.",
+    "show": "Show a model's parameters, bytes of weights and cache, and its traps.",
+    "generate": "Answer prompts.",
+    "chat": "Talk to a model.",
+    "convert": "Write a checkpoint in the other layout or in another dtype.",
+    "bench": "Measure speed on this machine.",
+}
+
+TRACEBACK = "DEEPZOO_TRACEBACK"  # set to 1: errors end in a traceback
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status.
+
+    0 success, 2 a mistake of the user (one line on stderr), 1 a mistake of the program, 130 Ctrl-C,
+    141 the reader of stdout went away.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if os.environ.get(TRACEBACK) == "1":
+        return _dispatch(args)
+    try:
+        status = _dispatch(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # What is still buffered would fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except DeepzooError as error:
+        return _fail(error, 2)
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename is not None else ""
+        return _fail(f"{named}{error.strerror or error}", 2)
+    except Exception as error:
+        kind = type(error).__name__
+        return _fail(f"unexpected {kind}: {error} ({TRACEBACK}=1 shows where)", 1)
+
+
+def _dispatch(args: list[str]) -> int:
+    name, *rest = args or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(f"deepzoo {version('deepzoo')}")
+        return 0
+    if name not in COMMANDS:
+        what = "option" if name.startswith("-") else "command"
+        near = difflib.get_close_matches(name, [*COMMANDS, "--help", "--version"], n=1)
+        hint = f"did you mean {near[0]}?" if near else "`deepzoo --help` lists all"
+        raise DeepzooError(f"no {what} is called {name!r}; {hint}")
+    module = import_module(f"deepzoo.zoo.cli.{name}")
+    return module.run(parse(getattr(module, name.capitalize()), name, rest))
+
+
+def parse(kind: type, name: str, args: Sequence[str]) -> Any:
+    """An instance of the command's dataclass from its arguments.
+
+    Raises:
+        SystemExit: 0 after help, 2 after telling what is wrong with the arguments.
+    """
+    import tyro
+
+    return tyro.cli(kind, prog=f"deepzoo {name}", args=args)
+
+
+def usage() -> str:
+    """What `deepzoo --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {told}" for name, told in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: deepzoo COMMAND [OPTIONS]",
+            "",
+            "DeepSeek's V2 and R1 model families in JAX.",
+            "",
+            *lines,
+            "",
+            "`deepzoo COMMAND --help` tells a command's options; `deepzoo --version` the version.",
+        ]
+    )
+
+
+def _fail(message: object, status: int) -> int:
+    """One line on stderr, whatever line breaks the message holds."""
+    print(f"deepzoo: {' '.join(str(message).split())}", file=sys.stderr)
+    return status
