@@ -31,7 +31,7 @@ def load(
     dtype: Any = None,
     quantized: bool = True,
     mtp: bool = True,
-    stacked: bool = True,
+    stacked: bool = False,
     download: bool = False,
     revision: str | None = None,
     progress: Progress = None,
@@ -55,7 +55,8 @@ def load(
         quantized: False multiplies FP8 weights by their scales while loading, into the config's
             dtype; the config then has no quantization_config.
         mtp: False leaves out the multi-token-prediction layers, whether the files have them or not.
-        stacked: one leaf for all layers of a stack (training), or one sub-dict a layer (decoding).
+        stacked: one leaf for all layers of a stack (training), instead of one sub-dict a layer
+            (decoding); `zoo.stack` and `zoo.unstack` change it later, with a copy.
         download: fetch a hub id, checked by hash, into the hub's own cache.
         revision: of the hub repository; a commit hash pins it.
         progress: see `progress.Progress`.
@@ -196,9 +197,9 @@ def _load_hf(
         published = names.tensors(disk)
         copies = [t for t in published.values() if t.alias]
         total = sum(
-            assemble.elements(plan) * files.itemsize(on_disk[path].dtype)
+            assemble.elements(plan) * jnp.dtype(on_disk[path].dtype).itemsize
             for path, plan in plans.items()
-        ) + sum(files.size(t) for t in copies)
+        ) + sum(opened.entries[t.name].stop - opened.entries[t.name].start for t in copies)
         with track(f"loading {directory.name}", total, progress) as advance:
             reader = Reader(opened, disk, advance)
             mains = {leaf.tensors[0].path: leaf.tensors[0] for leaf in on_disk.values()}

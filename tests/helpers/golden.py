@@ -21,7 +21,7 @@ WRONG = 100 * BOUND  # a mistake has to move the logits by at least this
 @functools.cache
 def golden(case: str) -> tuple[zoo.Config, dict[str, Any], dict[str, np.ndarray]]:
     """(config, parameters, expected): float32 parameters, FP8 ones stay FP8; expected.npz."""
-    model = zoo.load(GOLDEN / case, dtype="float32")
+    model = zoo.load(GOLDEN / case, dtype="float32", stacked=True)
     with np.load(GOLDEN / case / "expected.npz") as file:
         return model.config, model.params, dict(file)
 
