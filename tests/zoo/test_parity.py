@@ -35,6 +35,15 @@ def test_logits_equal_transformers(case):
     assert distance(out.logits, expected["logits"]) < BOUND
 
 
+@pytest.mark.parametrize("case", ["v3_fp8", "v3_fp8_ue8m0"])
+def test_fp8_multiplied_out_while_loading_gives_the_same(case):
+    expected = golden(case)[2]
+    model = zoo.load(GOLDEN / case, dtype="float32", quantized=False)
+    assert model.config.quantization_config is None
+    out = zoo.apply(model.config, model.params, jnp.asarray(expected["tokens"]))
+    assert distance(out.logits, expected["logits"]) < BOUND
+
+
 @pytest.mark.parametrize("case", LATENT)
 def test_experts_chosen_equal_transformers(case):
     _, _, expected = golden(case)
