@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
 from deepzoo import zoo
 
 GOLDEN = Path(__file__).parents[1] / "golden"

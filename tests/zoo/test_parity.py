@@ -6,8 +6,6 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from deepzoo import zoo
-from deepzoo.zoo.config import Config
 from golden import (
     BOUND,
     BOUND_DECODE,
@@ -22,6 +20,9 @@ from golden import (
     golden,
     whole,
 )
+
+from deepzoo import zoo
+from deepzoo.zoo.config import Config
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,9 +6,10 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden import BOUND, WRONG, choices, distance, golden
+
 from deepzoo import zoo
 from deepzoo.zoo import mla, moe
-from golden import BOUND, WRONG, choices, distance, golden
 
 numbers = itertools.count()
 
