@@ -1,4 +1,5 @@
-"""Caches: 512 + 64 numbers per token and layer for latent attention, keys and values for the students, nothing else.
+"""Caches: 512 + 64 numbers per token and layer for latent attention, keys and values for the
+students, nothing else.
 
 L layers of a stack  B batch  S capacity  C latent  R rope  G key/value heads  D head size
 """
@@ -14,9 +15,10 @@ from deepzoo.zoo.config import Config
 class Cache(NamedTuple):
     """What the tokens so far have left behind.
 
-    layers: stack name -> arrays [L, B, S, ...], or stack name -> layer index -> arrays [B, S, ...]; "mtp" included.
-    lengths: int32 [B], tokens held by each row. Entries behind them are never read, so a row is shortened (a rejected
-        draft) or emptied (a finished request) by lowering its number.
+    layers: stack name -> arrays [L, B, S, ...], or stack name -> layer index -> arrays [B, S, ...];
+        "mtp" included.
+    lengths: int32 [B], tokens held by each row. Entries behind them are never read, so a row is
+        shortened (a rejected draft) or emptied (a finished request) by lowering its number.
     """
 
     layers: dict[str, Any]

@@ -1,7 +1,8 @@
 """Model configurations, read strictly from the published `config.json` and written back unchanged.
 
-Field names are the published keys. Everything the forward pass depends on is a field and is checked; keys that do
-not change the computation are on explicit lists, are kept as text in `Config.inert`, and come back from `to_hf`.
+Field names are the published keys. Everything the forward pass depends on is a field and is
+checked; keys that do not change the computation are on explicit lists, are kept as text in
+`Config.inert`, and come back from `to_hf`.
 """
 
 import dataclasses
@@ -27,16 +28,17 @@ _ARCHITECTURES = {
 
 # Written by every program for its own bookkeeping; nothing in the forward pass reads them.
 _BOOKKEEPING = {
-    "architectures", "auto_map", "transformers_version", "use_cache", "_name_or_path", "id2label", "label2id",
-    "problem_type", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits",
-    "chunk_size_feed_forward", "is_encoder_decoder", "pad_token_id",
+    "architectures", "auto_map", "transformers_version", "use_cache", "_name_or_path", "id2label",
+    "label2id", "problem_type", "return_dict", "output_hidden_states", "output_attentions",
+    "output_router_logits", "chunk_size_feed_forward", "is_encoder_decoder", "pad_token_id",
     # parallel layout and losses of the original training run
     "ep_size", "pretraining_tp", "aux_loss_alpha", "seq_aux",
     # window size: read only when use_sliding_window is true, which is refused below
     "sliding_window", "max_window_layers",
 }  # fmt: skip
 
-# Keys that would change the computation, with the only value the released models of these families use.
+# Keys that would change the computation, with the only value the released models of these families
+# use.
 _FIXED: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
     "attention_bias": lambda v, _: v is False,
     "attention_dropout": lambda v, _: v == 0,
@@ -58,13 +60,15 @@ _FIXED: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
 _MLA_ONLY = {"moe_layer_freq", "rope_interleave", "qk_head_dim", "mlp_layer_types"}
 
 _MLA_FIELDS = (
-    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts",
-    "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace", "n_group",
-    "topk_group", "topk_method", "scoring_func", "norm_topk_prob", "routed_scaling_factor",
+    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+    "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "first_k_dense_replace", "n_group", "topk_group", "topk_method", "scoring_func",
+    "norm_topk_prob", "routed_scaling_factor",
 )  # fmt: skip
 _COMMON_FIELDS = (
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range",
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
+    "tie_word_embeddings", "initializer_range",
 )  # fmt: skip
 
 # No released model comes near these; a larger number is a broken or hostile file, not a model.
@@ -74,7 +78,8 @@ _DEFAULT_LIMIT = 1 << 24
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Quantization:
-    """Block FP8 weights: float8_e4m3fn with one float32 scale per `weight_block_size` block (V3 report, 3.3.2)."""
+    """Block FP8 weights: float8_e4m3fn with one float32 scale per `weight_block_size` block (V3
+    report, 3.3.2)."""
 
     weight_block_size: tuple[int, int] = (128, 128)
     scale_fmt: str | None = None
@@ -82,7 +87,8 @@ class Quantization:
     def __post_init__(self) -> None:
         if self.weight_block_size != (128, 128):
             raise ConfigError(
-                f"quantization_config.weight_block_size is {list(self.weight_block_size)}; only [128, 128] exists"
+                f"quantization_config.weight_block_size is {list(self.weight_block_size)}; only"
+                " [128, 128] exists"
                 " in these families"
             )
         if self.scale_fmt not in (None, "ue8m0"):
@@ -93,7 +99,8 @@ class Quantization:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """One model of the V2 family, the V3/R1 family or the dense students; hashable, plain Python values only.
+    """One model of the V2 family, the V3/R1 family or the dense students; hashable, plain Python
+    values only.
 
     Raises:
         ConfigError: a value is of the wrong type, out of range, or contradicts another.
@@ -137,7 +144,8 @@ class Config:
     num_nextn_predict_layers: int = 0
     quantization_config: Quantization | None = None
     norm_dtype: str | None = None
-    """dtype of the norm weights where it is not `dtype`: a property of the weight files, not of config.json."""
+    """dtype of the norm weights where it is not `dtype`: a property of the weight files, not of
+    config.json."""
     inert: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -145,7 +153,8 @@ class Config:
 
     @property
     def is_mla(self) -> bool:
-        """True for the V2 and V3/R1 families (latent attention and experts), False for the dense students."""
+        """True for the V2 and V3/R1 families (latent attention and experts), False for the dense
+        students."""
         return self.model_type in MLA_TYPES
 
     @property
@@ -171,7 +180,8 @@ class Config:
 
     @property
     def head_size(self) -> int:
-        """Width of one query head: nope + rope for latent attention, `head_dim` or hidden/heads for the students."""
+        """Width of one query head: nope + rope for latent attention, `head_dim` or hidden/heads for
+        the students."""
         if self.is_mla:
             return self.qk_nope_head_dim + self.qk_rope_head_dim
         return self.head_dim or self.hidden_size // self.num_attention_heads
@@ -193,7 +203,8 @@ class Config:
 
     @property
     def group_score(self) -> Literal["max", "top2"]:
-        """How a group of experts is scored: V2 by its best expert, V3 by the sum of its best two."""
+        """How a group of experts is scored: V2 by its best expert, V3 by the sum of its best
+        two."""
         return "top2" if self.topk_method == "noaux_tc" else "max"
 
     @property
@@ -211,10 +222,12 @@ class Config:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> "Config":
-        """Reads the contents of a published or transformers-written `config.json`; never follows `auto_map`.
+        """Reads the contents of a published or transformers-written `config.json`; never follows
+        `auto_map`.
 
         Raises:
-            ConfigError: an unknown key, a missing key, or a value these families do not have; the key is named.
+            ConfigError: an unknown key, a missing key, or a value these families do not have; the
+                key is named.
         """
         return _from_hf(hf)
 
@@ -285,7 +298,8 @@ def _check(c: Config) -> None:
         _check_experts(c)
         if c.num_key_value_heads != c.num_attention_heads:
             raise ConfigError(
-                f"num_key_value_heads is {c.num_key_value_heads} but latent attention has as many as query heads"
+                f"num_key_value_heads is {c.num_key_value_heads} but latent attention has as many"
+                " as query heads"
                 f" ({c.num_attention_heads})"
             )
         if c.qk_rope_head_dim % 2:
@@ -295,12 +309,14 @@ def _check(c: Config) -> None:
     else:
         if c.num_attention_heads % c.num_key_value_heads:
             raise ConfigError(
-                f"num_attention_heads {c.num_attention_heads} is not a multiple of num_key_value_heads"
+                f"num_attention_heads {c.num_attention_heads} is not a multiple of"
+                " num_key_value_heads"
                 f" {c.num_key_value_heads}"
             )
         if c.head_dim is None and c.hidden_size % c.num_attention_heads:
             raise ConfigError(
-                f"hidden_size {c.hidden_size} is not a multiple of num_attention_heads {c.num_attention_heads}"
+                f"hidden_size {c.hidden_size} is not a multiple of num_attention_heads"
+                f" {c.num_attention_heads}"
             )
         if c.head_size % 2:
             raise ConfigError(f"the head size is {c.head_size}; rope needs an even number")
@@ -330,7 +346,8 @@ def _check_experts(c: Config) -> None:
     eligible = c.n_routed_experts // c.n_group * (c.topk_group if c.grouped else c.n_group)
     if c.num_experts_per_tok > eligible:
         raise ConfigError(
-            f"num_experts_per_tok {c.num_experts_per_tok} exceeds the {eligible} experts that routing can reach"
+            f"num_experts_per_tok {c.num_experts_per_tok} exceeds the {eligible} experts that"
+            " routing can reach"
         )
     if c.group_score == "top2" and c.grouped and c.n_routed_experts // c.n_group < 2:
         raise ConfigError(
@@ -339,7 +356,8 @@ def _check_experts(c: Config) -> None:
     v2 = c.model_type == "deepseek_v2"
     if v2 != (c.scoring_func == "softmax") or v2 == (c.topk_method == "noaux_tc"):
         raise ConfigError(
-            f"{c.model_type} with scoring_func {c.scoring_func!r} and topk_method {c.topk_method!r}: V2 routes by"
+            f"{c.model_type} with scoring_func {c.scoring_func!r} and topk_method"
+            f" {c.topk_method!r}: V2 routes by"
             " softmax with greedy or group_limited_greedy, V3 by sigmoid with noaux_tc"
         )
 
@@ -352,7 +370,8 @@ def _from_hf(hf: dict[str, Any]) -> Config:
     model_type = hf["model_type"]
     if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
         raise ConfigError(
-            f"model_type {model_type!r} is not one of the families here ({', '.join(_ARCHITECTURES)})"
+            f"model_type {model_type!r} is not one of the families here"
+            f" ({', '.join(_ARCHITECTURES)})"
         )
     mla = model_type in MLA_TYPES
     left = dict(hf)
@@ -406,7 +425,8 @@ def _from_hf(hf: dict[str, Any]) -> Config:
                 )
         elif key not in _BOOKKEEPING and not (mla and key == "head_dim"):
             raise ConfigError(
-                f"unknown key {key!r} in config.json: it may change the computation, so it is refused"
+                f"unknown key {key!r} in config.json: it may change the computation, so it is"
+                " refused"
             )
         inert[key] = json.dumps(value, sort_keys=True)
     # sorted: two files that differ only in the order of their keys make equal configs

@@ -1,4 +1,5 @@
-"""Generation on token ids: prefill in buckets, decode in a loop on the device, rows refilled as they end.
+"""Generation on token ids: prefill in buckets, decode in a loop on the device, rows refilled as
+they end.
 
 Shapes do not depend on lengths, so a process compiles the decode loop once for a batch size and
 capacity, and the prefill once for a few bucket sizes. Finished rows leave and waiting requests
@@ -21,7 +22,7 @@ from deepzoo.zoo.config import Config
 from deepzoo.zoo.errors import RequestError
 from deepzoo.zoo.functional import bind, unstack
 from deepzoo.zoo.model import Params
-from deepzoo.zoo.sample import DRAFT, Sampling, draw, log_distribution, verify
+from deepzoo.zoo.sample import DRAFT, Sampling, choose, draw, log_distribution, verify
 
 SMALLEST_BUCKET = 16
 PREFILL_CHUNK = 512  # longer prompts go through in pieces, so that attention scores stay small
@@ -60,7 +61,8 @@ class Event(NamedTuple):
 
 
 class Drafts(NamedTuple):
-    """Speculative state: token int32 [B] proposed to follow `State.token`, and its log-distribution [B, V]."""
+    """Speculative state: token int32 [B] proposed to follow `State.token`, and its log-distribution
+    [B, V]."""
 
     token: jax.Array
     logp: jax.Array
@@ -124,7 +126,9 @@ class Engine:
         self.drafted = self.accepted = 0
         spare = 2 if speculative else 1  # a step writes behind a row's end before it is cut back
 
-        def rows(dtype: Any = jnp.int32, fill: float = 0) -> jax.Array:  # the state is donated: no sharing
+        def rows(
+            dtype: Any = jnp.int32, fill: float = 0
+        ) -> jax.Array:  # the state is donated: no sharing
             return jnp.full((slots,), fill, dtype)
 
         real = jnp.float32
@@ -160,7 +164,8 @@ class Engine:
             if waiting and free:
                 yield from self._admit([waiting.popleft() for _ in free if waiting], free)
             if any(o is not None for o in self.owner):
-                # With requests waiting, come back once a quarter of the rows can be refilled together.
+                # With requests waiting, come back once a quarter of the rows can be refilled
+                # together.
                 rows = len(self.owner)
                 yield from self._decode(chunk, max(1, rows // 4) if waiting else rows)
 
@@ -177,7 +182,8 @@ class Engine:
         bad = [t for t in request.tokens if not 0 <= t < vocabulary]
         if bad:
             raise RequestError(
-                f"token id {bad[0]} is outside the vocabulary of {vocabulary} (0 to {vocabulary - 1})"
+                f"token id {bad[0]} is outside the vocabulary of {vocabulary} (0 to"
+                f" {vocabulary - 1})"
             )
         if request.max_tokens < 1 or length + request.max_tokens > self.capacity:
             raise RequestError(
@@ -229,7 +235,10 @@ class Engine:
             if owner is not None:
                 mine = kept[:, row]
                 yield self._event(
-                    row, tokens[:, row][mine].tolist(), logprobs[:, row][mine].tolist(), bool(done[row])
+                    row,
+                    tokens[:, row][mine].tolist(),
+                    logprobs[:, row][mine].tolist(),
+                    bool(done[row]),
                 )
 
     def _event(self, row: int, tokens: list[int], logprobs: list[float], done: bool) -> Event:
@@ -282,8 +291,7 @@ def prefill(
     rows = jnp.arange(count)
     logits = model.logits(hidden[rows, lengths - 1])
     step = jnp.zeros((count,), jnp.int32)
-    token = draw(log_distribution(logits, sampling), sampling, step)
-    logprob = jax.nn.log_softmax(logits, axis=-1)[rows, token]
+    token, logprob = choose(logits, sampling, step)
     own = own._replace(lengths=lengths)
     drafts = None
     if state.drafts is not None:
@@ -326,7 +334,8 @@ def decode(
     """Up to `steps` tokens for every row; stops early when `limit` rows are done.
 
     Returns:
-        The state, tokens int32 [N, B], log-probabilities [N, B], and which of them count, bool [N, B].
+        The state, tokens int32 [N, B], log-probabilities [N, B], and which of them count, bool [N,
+        B].
     """
     model = bind(config, params)
     batch = state.token.shape[0]
@@ -336,9 +345,7 @@ def decode(
         going = ~state.done
         out = model(state.token[:, None], state.cache, going.astype(jnp.int32))
         assert out.cache is not None
-        logits = out.logits[:, 0]
-        token = draw(log_distribution(logits, state.sampling), state.sampling, state.step)
-        logprob = jax.nn.log_softmax(logits, axis=-1)[jnp.arange(batch), token]
+        token, logprob = choose(out.logits[:, 0], state.sampling, state.step)
         step = state.step + going
         ended = (token[:, None] == eos).any(axis=-1) | (step >= state.budget)
         tokens, logprobs = tokens.at[n].set(token), logprobs.at[n].set(logprob)
@@ -367,7 +374,8 @@ def decode(
 def decode_drafted(
     config: Config, params: Params, state: State, eos: jax.Array, limit: jax.Array, steps: int
 ) -> tuple[State, jax.Array, jax.Array, jax.Array]:
-    """Like `decode`, one or two tokens a step: the MTP layer's draft is checked by the model itself.
+    """Like `decode`, one or two tokens a step: the MTP layer's draft is checked by the model
+    itself.
 
     The model reads the last token and the draft together. If the draft stands, the token after it
     has been computed too; if not, the row keeps a token drawn so that the distribution is exactly

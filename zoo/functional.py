@@ -1,8 +1,8 @@
 """Pure functions over (config, params): shapes, initial values, forward pass, sharding, layouts.
 
-Parameters are a plain nested dict of arrays, either stacked (a leading layer axis under "dense", "moe" and "mtp"; for
-training, run with a scan) or one sub-dict a layer ("dense" -> "0", "1", ...; for decode, where a scan would copy each
-layer's weights every step). Every function takes both.
+Parameters are a plain nested dict of arrays, either stacked (a leading layer axis under "dense",
+"moe" and "mtp"; for training, run with a scan) or one sub-dict a layer ("dense" -> "0", "1", ...;
+for decode, where a scan would copy each layer's weights every step). Every function takes both.
 """
 
 import functools
@@ -40,17 +40,20 @@ def _skeleton(config: Config, stacked: bool) -> tuple[Any, Any]:
 
 
 def is_stacked(params: Mapping[str, Any]) -> bool:
-    """Whether a parameter (or cache-layer) tree has a leading layer axis instead of one sub-dict a layer."""
+    """Whether a parameter (or cache-layer) tree has a leading layer axis instead of one sub-dict a
+    layer."""
     return not any("0" in params[name] for name in _LAYERED if name in params)
 
 
 def abstract(config: Config, *, stacked: bool = True) -> Params:
-    """Shapes and dtypes of all parameters, without memory: a nested dict of `jax.ShapeDtypeStruct`."""
+    """Shapes and dtypes of all parameters, without memory: a nested dict of
+    `jax.ShapeDtypeStruct`."""
     return nnx.to_pure_dict(_skeleton(config, stacked)[1])  # pyright: ignore[reportReturnType]
 
 
 def init(config: Config, key: jax.Array, *, stacked: bool = True) -> Params:
-    """Random parameters: normal with `initializer_range`, norms 1, biases 0; FP8 leaves where the config has them."""
+    """Random parameters: normal with `initializer_range`, norms 1, biases 0; FP8 leaves where the
+    config has them."""
     return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(params=key), stacked=stacked)))  # pyright: ignore
 
 
@@ -68,7 +71,8 @@ def bind(config: Config, params: Params) -> Decoder:
     }
     if missing := sorted("/".join(map(str, p)) for p in flat.keys() ^ given.keys()):
         raise ValueError(
-            f"parameters do not fit the config, {len(missing)} paths differ: {', '.join(missing[:10])}"
+            f"parameters do not fit the config, {len(missing)} paths differ:"
+            f" {', '.join(missing[:10])}"
         )
     return nnx.merge(graph, nnx.from_flat_state({p: v.replace(given[p]) for p, v in flat.items()}))
 
@@ -92,20 +96,23 @@ def apply(
 ) -> Output:
     """Forward pass: tokens int32 [B, T] -> logits float32 [B, T, V], cache, routing, hidden.
 
-    Rows are padded on the right; with causal attention the padding changes nothing before it. Ids outside the vocabulary
-    are not checked here (a traced array has no values): `generate` and the data loaders check them on the host.
+    Rows are padded on the right; with causal attention the padding changes nothing before it. Ids
+    outside the vocabulary are not checked here (a traced array has no values): `generate` and the
+    data loaders check them on the host.
 
     Args:
         config: the model.
         params: its parameters, stacked or not.
         tokens: int32 [B, T].
         cache: continue from it; positions and visibility follow each row's length.
-        lengths: int32 [B], real tokens of each row in this pass (all T by default); only moves the cache's lengths.
-        segment_ids: int32 [B, T], without a cache: tokens see only their own segment and positions count from its start
-            (packed documents; left padding as a segment of its own).
+        lengths: int32 [B], real tokens of each row in this pass (all T by default); only moves the
+            cache's lengths.
+        segment_ids: int32 [B, T], without a cache: tokens see only their own segment and positions
+            count from its start (packed documents; left padding as a segment of its own).
         positions: int32 [B, T], instead of the derived ones.
         remat: recompute each layer in the backward pass.
-        logits: False leaves out the head; `hidden` is then in `logits`' place too (losses that apply the head in chunks).
+        logits: False leaves out the head; `hidden` is then in `logits`' place too (losses that
+            apply the head in chunks).
     """
     if cache is not None and segment_ids is not None:
         raise ValueError("segment_ids go with whole sequences; a cache holds one sequence a row")
@@ -127,16 +134,19 @@ def apply_mtp(
     depth: int = 0,
     logits: bool = True,
 ) -> Output:
-    """One MTP depth: from the hidden state of token i and the id of token i+1, the logits of token i+2.
+    """One MTP depth: from the hidden state of token i and the id of token i+1, the logits of token
+    i+2.
 
-    V3 report, eq. 21-23. `hidden` is the main model's state after its final norm, as every published runtime feeds it.
+    V3 report, eq. 21-23. `hidden` is the main model's state after its final norm, as every
+    published runtime feeds it.
 
     Args:
         config: a model with `num_nextn_predict_layers` > depth.
         params: its parameters.
         hidden: [B, T, D], `Output.hidden` of the main model or of the depth before.
         next_tokens: int32 [B, T], the tokens one to the right.
-        cache: its "mtp" layers are read and written from `cache.lengths` on; the lengths stay as they are.
+        cache: its "mtp" layers are read and written from `cache.lengths` on; the lengths stay as
+            they are.
         segment_ids: as in `apply`.
         positions: as in `apply`.
         depth: 0 for the first.
@@ -160,7 +170,8 @@ def stack(params: Params) -> Params:
 
 
 def unstack(params: Params) -> Params:
-    """Stacked parameters -> one sub-dict a layer; copies, so keep only one of the two for a large model."""
+    """Stacked parameters -> one sub-dict a layer; copies, so keep only one of the two for a large
+    model."""
     if not is_stacked(params):
         return params
     out = dict(params)
@@ -171,7 +182,8 @@ def unstack(params: Params) -> Params:
 
 
 def axes(config: Config, *, stacked: bool = True) -> dict[str, Any]:
-    """Logical axis names of every parameter, as tuples in the parameters' tree; stacked leaves begin with "layer"."""
+    """Logical axis names of every parameter, as tuples in the parameters' tree; stacked leaves
+    begin with "layer"."""
     state = _skeleton(config, stacked)[1]
     named = {
         path: ("layer",) * (leaf.ndim - len(leaf.axes)) + leaf.axes
@@ -188,8 +200,9 @@ def shardings(
     Args:
         config: the model.
         mesh: device mesh; axes `data`, `fsdp`, `expert`, `tensor` where the default rules are used.
-        rules: logical axis -> mesh axis, `RULES` by default. An axis that the mesh lacks, that is taken by an earlier
-            dimension of the same leaf, or that does not divide the dimension, is left out.
+        rules: logical axis -> mesh axis, `RULES` by default. An axis that the mesh lacks, that is
+            taken by an earlier dimension of the same leaf, or that does not divide the dimension,
+            is left out.
     """
     table = RULES if rules is None else rules
     sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))

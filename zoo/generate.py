@@ -1,4 +1,5 @@
-"""Text in, text out: prompts through the engine, stop strings, thoughts split from answers, streaming."""
+"""Text in, text out: prompts through the engine, stop strings, thoughts split from answers,
+streaming."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -107,7 +108,8 @@ def generate(
     """Answers every prompt.
 
     Args:
-        model: a model with a tokenizer. Parameters loaded with `stacked=False` are used as they are.
+        model: a model with a tokenizer. Parameters loaded with `stacked=False` are used as they
+            are.
         prompts: one text, or a list of texts or of message lists. A text is what the user says; the
             model's chat format is put around it.
         max_tokens: per answer; less where the context ends before.
@@ -141,9 +143,7 @@ def generate(
     out = []
     for index, (prompt, row) in enumerate(zip(plan.prompts, plan.rows, strict=True)):
         thought, answer = split_thinking(row.text, prompt.thought)
-        out.append(
-            Completion(row.text, thought, answer, row.tokens, row.logprobs, finished[index])
-        )
+        out.append(Completion(row.text, thought, answer, row.tokens, row.logprobs, finished[index]))
     return out
 
 
@@ -164,7 +164,8 @@ def stream(
     format: str | None = None,
     thinking: bool | None = None,
 ) -> Iterator[str]:
-    """Yields the answer's text as it is decoded; joined, it is `generate`'s text. Arguments as there."""
+    """Yields the answer's text as it is decoded; joined, it is `generate`'s text. Arguments as
+    there."""
     plan = _plan(
         model, [prompt], max_tokens, temperature, top_p, top_k, min_p, seed, stop,
         speculative, raw, format, thinking, 1,
@@ -248,7 +249,13 @@ def _count(plan: _Plan, statistics: Statistics) -> None:
 
 
 def check_options(
-    max_tokens: Any, temperature: Any, top_p: Any, top_k: Any, min_p: Any, seed: Any, stop: Sequence[Any]
+    max_tokens: Any,
+    temperature: Any,
+    top_p: Any,
+    top_k: Any,
+    min_p: Any,
+    seed: Any,
+    stop: Sequence[Any],
 ) -> None:
     """Raises RequestError naming the first option out of its range."""
     checks = [

@@ -1,4 +1,5 @@
-"""Grouped-query attention of the dense students: Qwen2 (biases), Qwen3 (head norms), Llama (neither).
+"""Grouped-query attention of the dense students: Qwen2 (biases), Qwen3 (head norms), Llama
+(neither).
 
 B batch  T query  S cache capacity  H query heads  G key/value heads  D head size
 """
@@ -38,7 +39,8 @@ class GQA(nnx.Module):
     def __call__(
         self, x: jax.Array, context: Context, cache: dict | None
     ) -> tuple[jax.Array, dict | None]:
-        """x [B, T, hidden] -> [B, T, hidden], and the cache with the new keys and values written."""
+        """x [B, T, hidden] -> [B, T, hidden], and the cache with the new keys and values
+        written."""
         config = self.config
         batch, queries, _ = x.shape
 

@@ -1,7 +1,10 @@
-"""What every family is built of: parameters with logical axes, linear maps (float or block FP8), RMSNorm, SwiGLU.
+"""What every family is built of: parameters with logical axes, linear maps (float or block FP8),
+RMSNorm, SwiGLU.
 
-Modules are definitions only: attributes are set in `__init__` and never again; parameters live outside, in plain dicts.
-Weights keep the published orientation, [outputs, inputs], so that loading copies and never transposes.
+Modules are definitions only: attributes are set in `__init__` and never again; parameters live
+    outside, in plain dicts.
+Weights keep the published orientation, [outputs, inputs], so that loading copies and never
+transposes.
 """
 
 from collections.abc import Callable
@@ -24,7 +27,8 @@ def param(
 
     Args:
         rngs: source of the key.
-        shape: shape of one layer's parameter; stacking adds a leading axis that `axes` does not name.
+        shape: shape of one layer's parameter; stacking adds a leading axis that `axes` does not
+            name.
         axes: logical name of each dimension.
         dtype: stored dtype.
         std: standard deviation of a normal; None for ones, 0 for zeros.
@@ -39,7 +43,8 @@ def param(
 
 
 class Linear(nnx.Module):
-    """y = x W^T (+ b); W is [..., outputs, inputs], float or float8_e4m3fn with `weight_scale_inv`."""
+    """y = x W^T (+ b); W is [..., outputs, inputs], float or float8_e4m3fn with
+    `weight_scale_inv`."""
 
     def __init__(
         self,
@@ -78,7 +83,8 @@ class Linear(nnx.Module):
         return y + self.bias[...].astype(y.dtype) if self.has_bias else y
 
     def dense(self, dtype: Any) -> jax.Array:
-        """The weight as one float array, dequantised where it is FP8 (kv_b_proj, which absorption takes apart)."""
+        """The weight as one float array, dequantised where it is FP8 (kv_b_proj, which absorption
+        takes apart)."""
         if self.quantized:
             return block_fp8.dequantize(self.weight[...], self.weight_scale_inv[...], dtype)
         return self.weight[...].astype(dtype)
@@ -142,7 +148,8 @@ class Embedding(nnx.Module):
 def stack[M: nnx.Module](
     count: int, make: Callable[[nnx.Rngs], M], rngs: nnx.Rngs, *, stacked: bool
 ) -> Any:
-    """`count` layers made by `make`: one module whose parameters have a leading layer axis, or one module a layer."""
+    """`count` layers made by `make`: one module whose parameters have a leading layer axis, or one
+    module a layer."""
     keys = jax.random.split(rngs.params(), count)
     if stacked:
         return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)

@@ -1,9 +1,12 @@
-"""Multi-head latent attention (V2 report, arXiv 2405.04434, 2.1): one small latent a token instead of keys and values.
+"""Multi-head latent attention (V2 report, arXiv 2405.04434, 2.1): one small latent a token instead
+of keys and values.
 
-Prefill expands the latents of the new tokens to heads, which is the form that computes least; decode folds the
-up-projections into the query and the output and reads the latents as they are. A chunk that continues a cache takes
-both, the new tokens expanded and the history absorbed, merged by their log-sum-exps.
-B batch  T query  S cache capacity  H heads  N nope  R rope  V value  C latent (kv_lora_rank)  D model
+Prefill expands the latents of the new tokens to heads, which is the form that computes least;
+decode folds the up-projections into the query and the output and reads the latents as they are. A
+chunk that continues a cache takes both, the new tokens expanded and the history absorbed, merged by
+their log-sum-exps.
+B batch  T query  S cache capacity  H heads  N nope  R rope  V value  C latent (kv_lora_rank)  D
+model
 """
 
 from typing import NamedTuple
@@ -18,9 +21,11 @@ from deepzoo.zoo.config import Config
 from deepzoo.zoo.layers import Linear, RMSNorm
 from deepzoo.zoo.rope import rotate
 
-# Up to this many new tokens the absorbed form alone is cheaper than expanding (decode and speculative checks).
+# Up to this many new tokens the absorbed form alone is cheaper than expanding (decode and
+# speculative checks).
 ABSORBED_QUERIES = 8
-# The makers' code fixes the eps of the two latent norms, whatever rms_norm_eps is; it shows for Moonlight (1e-5).
+# The makers' code fixes the eps of the two latent norms, whatever rms_norm_eps is; it shows for
+# Moonlight (1e-5).
 LATENT_EPS = 1e-6
 
 
@@ -62,7 +67,8 @@ class MLA(nnx.Module):
     def __call__(
         self, x: jax.Array, context: Context, cache: dict | None
     ) -> tuple[jax.Array, dict | None]:
-        """x [B, T, D] -> [B, T, D], and the cache with the new latents written behind `context.start`."""
+        """x [B, T, D] -> [B, T, D], and the cache with the new latents written behind
+        `context.start`."""
         config = self.config
         batch, queries, _ = x.shape
         if config.q_lora_rank is None:
@@ -118,7 +124,8 @@ class MLA(nnx.Module):
 def write(cache: dict, new: dict, start: jax.Array) -> dict:
     """Puts `new` arrays [B, T, ...] behind each row's `start` in the cache arrays [B, S, ...].
 
-    Positions past the capacity are dropped: they can only be padding, since the callers check the real lengths.
+    Positions past the capacity are dropped: they can only be padding, since the callers check the
+        real lengths.
     """
     rows = jnp.arange(start.shape[0])[:, None]
     out = {}

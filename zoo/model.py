@@ -28,7 +28,8 @@ class Output(NamedTuple):
 
     logits: float32 [B, T, V].
     cache: the cache with this pass's tokens, or None where none was given.
-    routing: Routing with a leading axis of the expert layers, [L, B, T, ...]; None for the students.
+    routing: Routing with a leading axis of the expert layers, [L, B, T, ...]; None for the
+        students.
     hidden: [B, T, D] after the final norm; what the head and the MTP module read.
     """
 
@@ -57,7 +58,8 @@ class Block(nnx.Module):
 
 
 class MTP(nnx.Module):
-    """Multi-token prediction depth (V3 report, arXiv 2412.19437, 2.2, eq. 21-23); embedding and head are the model's."""
+    """Multi-token prediction depth (V3 report, arXiv 2412.19437, 2.2, eq. 21-23); embedding and
+    head are the model's."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         width = config.hidden_size
@@ -70,7 +72,8 @@ class MTP(nnx.Module):
     def __call__(
         self, hidden: jax.Array, embedded: jax.Array, context: Context, cache: dict | None
     ):
-        """hidden [B, T, D] of tokens i and embeddings [B, T, D] of tokens i+1 -> (hidden, cache, routing)."""
+        """hidden [B, T, D] of tokens i and embeddings [B, T, D] of tokens i+1 -> (hidden, cache,
+        routing)."""
         both = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)
         x, cache, routing = self.block(self.eh_proj(both), context, cache)
         return self.norm(x), cache, routing
@@ -136,7 +139,8 @@ class Decoder(nnx.Module):
         return Context(cos, sin, segment_ids, start)
 
     def _run(self, layers, x, context, cache, remat):
-        """All layers of one stack: scanned where their parameters are stacked, unrolled where they are not."""
+        """All layers of one stack: scanned where their parameters are stacked, unrolled where they
+        are not."""
 
         def step(x, layer_and_cache):
             layer, cache = layer_and_cache

@@ -1,4 +1,5 @@
-"""Mixture of experts of V2 and V3 (V2 report 2.2, V3 report 2.1.2): shared experts beside routed ones, dropless.
+"""Mixture of experts of V2 and V3 (V2 report 2.2, V3 report 2.1.2): shared experts beside routed
+ones, dropless.
 
 B batch  T token  M = B*T  D model  F expert width  E experts  K chosen
 """

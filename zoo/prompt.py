@@ -1,4 +1,5 @@
-"""From what a person typed to token ids: which chat format a model speaks, and its sampling defaults."""
+"""From what a person typed to token ids: which chat format a model speaks, and its sampling
+defaults."""
 
 import hashlib
 import json
@@ -49,7 +50,8 @@ def tokenizer_of(model: Model) -> Tokenizer:
     """
     if model.tokenizer is None:
         raise TokenizerError(
-            f"{model.name or 'this model'} has no tokenizer.json, so text cannot be encoded; put the"
+            f"{model.name or 'this model'} has no tokenizer.json, so text cannot be encoded; put"
+            " the"
             " one of its family beside config.json"
         )
     return model.tokenizer
@@ -62,7 +64,8 @@ def card_of(model: Model) -> Card | None:
 
 
 def format_of(model: Model, name: str | None = None) -> ChatFormat:
-    """The chat format to use: the one named, else the card's, else the one of the template in the files.
+    """The chat format to use: the one named, else the card's, else the one of the template in the
+    files.
 
     Raises:
         RequestError: the directory has a template that is none of the published ones.
@@ -73,7 +76,8 @@ def format_of(model: Model, name: str | None = None) -> ChatFormat:
     if card is not None:
         if card.chat_format is None:
             raise RequestError(
-                f"the chat format of {card.name} is not known here; pass a format, or continue plain"
+                f"the chat format of {card.name} is not known here; pass a format, or continue"
+                " plain"
                 " text (raw=True, --raw)"
             )
         return chat_format(card.chat_format)
@@ -83,14 +87,16 @@ def format_of(model: Model, name: str | None = None) -> ChatFormat:
     digest = hashlib.sha256(template.encode()).hexdigest()
     if digest not in _TEMPLATES:
         raise RequestError(
-            f"{model.name}: its chat template is none of the published ones and is not executed; name"
+            f"{model.name}: its chat template is none of the published ones and is not executed;"
+            " name"
             " a format (format=, --format), or continue plain text (raw=True, --raw)"
         )
     return chat_format(_TEMPLATES[digest])
 
 
 def _template(directory: Path | None) -> str | None:
-    """Text of the chat template in a checkpoint directory: a file of its own, or in tokenizer_config.json."""
+    """Text of the chat template in a checkpoint directory: a file of its own, or in
+    tokenizer_config.json."""
     if directory is None:
         return None
     if (own := directory / "chat_template.jinja").is_file():
@@ -110,7 +116,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def sampling_defaults(model: Model) -> tuple[float, float]:
-    """Temperature and top-p: generation_config.json of the directory, else the card, else 0.6 and 0.95."""
+    """Temperature and top-p: generation_config.json of the directory, else the card, else 0.6 and
+    0.95."""
     found = _json(model.source / "generation_config.json") if model.source else {}
     if found.get("do_sample") is False:
         return 0.0, 1.0

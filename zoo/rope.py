@@ -14,15 +14,18 @@ from jaxtyping import Array, Float, Int
 from deepzoo.zoo.errors import ConfigError
 
 _KEYS = {
-    "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-             "attn_factor", "attention_factor"},
+    "yarn": {
+        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
+        "mscale_all_dim", "attn_factor", "attention_factor",
+    },
     "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
 }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScaling:
-    """`rope_scaling` of a config.json: YaRN (both MLA families, the Qwen3 student) or Llama 3.1's rule.
+    """`rope_scaling` of a config.json: YaRN (both MLA families, the Qwen3 student) or Llama 3.1's
+    rule.
 
     Raises:
         ConfigError: a value out of range, or one that the rule does not have.
@@ -40,7 +43,8 @@ class RopeScaling:
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     type_key: str = "rope_type"
-    """The key the file used for the rule's name: `type` in the MLA families, `rope_type` in newer files."""
+    """The key the file used for the rule's name: `type` in the MLA families, `rope_type` in newer
+    files."""
 
     def __post_init__(self) -> None:
         if self.rope_type not in _KEYS:
@@ -71,15 +75,17 @@ class RopeScaling:
             )
 
     def softmax_mscale(self) -> float:
-        """Factor that latent attention puts, squared, on the softmax scale: 0.1 * mscale_all_dim * ln(factor) + 1."""
+        """Factor that latent attention puts, squared, on the softmax scale: 0.1 * mscale_all_dim *
+        ln(factor) + 1."""
         return yarn_mscale(self.factor, self.mscale_all_dim) if self.mscale_all_dim else 1.0
 
     def cos_sin_factor(self) -> float:
         """Factor on cos and sin.
 
-        With mscale and mscale_all_dim (MLA families) their ratio, which is 1 in every release. Otherwise YaRN's
-        0.1 ln(factor) + 1 unless `attention_factor` replaces it, times `attn_factor` where the file has one: the
-        0528 Qwen3 student carries 1 / (0.1 ln 4 + 1) there, so its product is 1.
+        With mscale and mscale_all_dim (MLA families) their ratio, which is 1 in every release.
+        Otherwise YaRN's 0.1 ln(factor) + 1 unless `attention_factor` replaces it, times
+        `attn_factor` where the file has one: the 0528 Qwen3 student carries 1 / (0.1 ln 4 + 1)
+        there, so its product is 1.
         """
         if self.rope_type != "yarn":
             return 1.0
@@ -95,7 +101,8 @@ class RopeScaling:
 
     @classmethod
     def pop_from(cls, hf: dict[str, Any]) -> dict[str, Any]:
-        """Takes the rope keys out of `hf`: `rope_theta` + `rope_scaling` (published) or `rope_parameters` (newer)."""
+        """Takes the rope keys out of `hf`: `rope_theta` + `rope_scaling` (published) or
+        `rope_parameters` (newer)."""
         values: dict[str, Any] = {}
         if "rope_theta" in hf:
             values["rope_theta"] = hf.pop("rope_theta")
@@ -153,7 +160,8 @@ def inverse_frequencies(width: int, theta: float, scaling: RopeScaling | None) -
     Args:
         width: rotated dimensions of a head.
         theta: `rope_theta`.
-        scaling: None, YaRN (interpolate the slow pairs, keep the fast ones, ramp between) or Llama 3.1's rule.
+        scaling: None, YaRN (interpolate the slow pairs, keep the fast ones, ramp between) or Llama
+            3.1's rule.
     """
     frequency = theta ** -(np.arange(0, width, 2, dtype=np.float64) / width)
     if scaling is None:
@@ -180,7 +188,8 @@ def inverse_frequencies(width: int, theta: float, scaling: RopeScaling | None) -
 def cos_sin(
     positions: Int[Array, "B T"], width: int, theta: float, scaling: RopeScaling | None
 ) -> tuple[Float[Array, "B T R/2"], Float[Array, "B T R/2"]]:
-    """Cosine and sine of every position's angles, float32 [B, T, width / 2], with the rule's factor applied."""
+    """Cosine and sine of every position's angles, float32 [B, T, width / 2], with the rule's factor
+    applied."""
     angle = positions[..., None].astype(jnp.float32) * inverse_frequencies(width, theta, scaling)
     factor = scaling.cos_sin_factor() if scaling is not None else 1.0
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
@@ -193,12 +202,13 @@ def rotate(
     *,
     interleaved: bool,
 ) -> Float[Array, "*B T R"]:
-    """Rotates pairs of `x` in float32; the result has the first members of all pairs first, then the second.
+    """Rotates pairs of `x` in float32; the result has the first members of all pairs first, then
+    the second.
 
     Args:
-        interleaved: True where pairs are neighbours (x0, x1), as in every V2/V3/R1/Kimi/Moonlight checkpoint; False
-            where a pair is (x_i, x_{i + R/2}), as in the students. The output order is the same for both; it cancels in
-            the dot product of a query and a key.
+        interleaved: True where pairs are neighbours (x0, x1), as in every V2/V3/R1/Kimi/Moonlight
+            checkpoint; False where a pair is (x_i, x_{i + R/2}), as in the students. The output
+            order is the same for both; it cancels in the dot product of a query and a key.
     """
     wide = x.astype(jnp.float32)
     if interleaved:

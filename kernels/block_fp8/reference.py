@@ -16,7 +16,8 @@ def dequantize(w: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Float [N, K] -> float8_e4m3fn [N, K] and float32 scales amax / 448 (1 where a block is zero)."""
+    """Float [N, K] -> float8_e4m3fn [N, K] and float32 scales amax / 448 (1 where a block is
+    zero)."""
     rows, columns = w.shape
     scale = np.ones((-(-rows // BLOCK), -(-columns // BLOCK)), np.float32)
     out = np.zeros(w.shape, ml_dtypes.float8_e4m3fn)

@@ -18,7 +18,8 @@ def _spread(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def dequantize(w: jax.Array, scale: jax.Array, dtype=jnp.bfloat16) -> jax.Array:
-    """float8_e4m3fn [..., N, K] times its float32 block scales [..., ceil(N/128), ceil(K/128)], in `dtype`."""
+    """float8_e4m3fn [..., N, K] times its float32 block scales [..., ceil(N/128), ceil(K/128)], in
+    `dtype`."""
     return (w.astype(jnp.float32) * _spread(scale, w.shape)).astype(dtype)
 
 
@@ -47,7 +48,8 @@ def quantize(w: jax.Array, *, ue8m0: bool = False) -> tuple[jax.Array, jax.Array
 
 
 def matmul(x: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
-    """x [..., K] times a quantised weight [N, K] transposed -> [..., N] in x's dtype, float32 accumulation.
+    """x [..., K] times a quantised weight [N, K] transposed -> [..., N] in x's dtype, float32
+    accumulation.
 
     Differentiable in x; the quantised weight is frozen.
     """

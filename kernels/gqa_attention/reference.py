@@ -6,7 +6,8 @@ import numpy as np
 def gqa_decode(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: np.ndarray, *, scale: float
 ) -> np.ndarray:
-    """float64 [B, T, H, D]; arguments as in `xla.gqa_decode`. Whole sequences: lengths[b, t] = t + 1."""
+    """float64 [B, T, H, D]; arguments as in `xla.gqa_decode`. Whole sequences: lengths[b, t] = t +
+    1."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     batch, queries, heads, _ = q.shape
     share = heads // k.shape[2]

@@ -1,4 +1,5 @@
-"""Grouped-query attention: jax.nn's for whole sequences, the blockwise loop over a cache for decode.
+"""Grouped-query attention: jax.nn's for whole sequences, the blockwise loop over a cache for
+decode.
 
 B batch  T query  S key or cache capacity  H query heads  G key/value heads  D head size
 """

@@ -16,13 +16,15 @@ def grouped_matmul(
 ) -> jax.Array:
     """Multiplies each row by its group's matrix.
 
-    Differentiable in `x`, and in `w` where it is not quantised; neither gradient transposes or copies `w`.
+    Differentiable in `x`, and in `w` where it is not quantised; neither gradient transposes or
+    copies `w`.
 
     Args:
         x: [M, K], rows sorted by group.
         w: [E, N, K], output-major like an `nn.Linear` weight; float8_e4m3fn with `w_scale`.
         group_sizes: int32 [E]; empty groups are allowed.
-        w_scale: float32 [E, ceil(N / 128), ceil(K / 128)] block scales of a float8 `w`, dequantised a group at a time.
+        w_scale: float32 [E, ceil(N / 128), ceil(K / 128)] block scales of a float8 `w`, dequantised
+            a group at a time.
 
     Returns:
         [M, N] in x's dtype, accumulated in float32.
@@ -32,7 +34,8 @@ def grouped_matmul(
     """
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[2] or group_sizes.shape != (w.shape[0],):
         raise ValueError(
-            f"grouped_matmul needs x [M, K], w [E, N, K], group_sizes [E]; got {x.shape}, {w.shape}, {group_sizes.shape}"
+            f"grouped_matmul needs x [M, K], w [E, N, K], group_sizes [E]; got {x.shape},"
+            f" {w.shape}, {group_sizes.shape}"
         )
     if (w.dtype == jnp.float8_e4m3fn) != (w_scale is not None):
         raise ValueError(

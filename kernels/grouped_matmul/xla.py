@@ -1,9 +1,10 @@
 """Grouped matmul in XLA without the dense blow-up of `jax.lax.ragged_dot`.
 
-Rows are cut into tiles that belong to one group each and a loop runs over exactly the tiles there are (its trip count
-depends on the group sizes), slicing one group's matrix at a time. Tiles are visited in row order, so the spare rows at
-the end of a group's last tile are overwritten by the next group, and nothing needs to be masked on the way out.
-Few rows (decode) take a loop of matrix-vector products instead, which reads each matrix once and wastes no row.
+Rows are cut into tiles that belong to one group each and a loop runs over exactly the tiles there
+are (its trip count depends on the group sizes), slicing one group's matrix at a time. Tiles are
+visited in row order, so the spare rows at the end of a group's last tile are overwritten by the
+next group, and nothing needs to be masked on the way out. Few rows (decode) take a loop of
+matrix-vector products instead, which reads each matrix once and wastes no row.
 M rows  K input width  N output width  E groups
 """
 
@@ -21,7 +22,8 @@ def rows_times_groups(
     *,
     transposed: bool = False,
 ) -> jax.Array:
-    """x [M, K] times w[e] [N, K] transposed -> [M, N]; with `transposed`, x [M, N] times w[e] -> [M, K]."""
+    """x [M, K] times w[e] [N, K] transposed -> [M, N]; with `transposed`, x [M, N] times w[e] ->
+    [M, K]."""
     rows, groups = x.shape[0], w.shape[0]
     if rows == 0:
         return jnp.zeros((0, w.shape[2 if transposed else 1]), x.dtype)
@@ -58,7 +60,8 @@ def _row_by_row(x, w, w_scale, group_sizes, transposed):
 
 
 def _block(rows: int, groups: int) -> int:
-    """Tile height: near the mean group, so that few rows are spare, and large enough to feed a matmul."""
+    """Tile height: near the mean group, so that few rows are spare, and large enough to feed a
+    matmul."""
     return min(max(1 << max(rows // groups - 1, 1).bit_length(), 16), 128)
 
 
@@ -101,7 +104,8 @@ def _tile_by_tile(x, w, w_scale, group_sizes, transposed):
 
 
 def group_outer(left: jax.Array, right: jax.Array, group_sizes: jax.Array, dtype) -> jax.Array:
-    """Gradient to the matrices: left [M, N], right [M, K] -> [E, N, K], each group's own outer products, float32 sums."""
+    """Gradient to the matrices: left [M, N], right [M, K] -> [E, N, K], each group's own outer
+    products, float32 sums."""
     rows, groups = left.shape[0], group_sizes.shape[0]
     shape = (groups, left.shape[1], right.shape[1])
     if rows == 0:

@@ -6,7 +6,8 @@ import numpy as np
 def linear_cross_entropy(
     x: np.ndarray, w: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, z_loss: float = 0.0
 ) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
-    """Loss, log-probabilities [M], gradient to x [M, D], gradient to w [V, D]; arguments as in `xla`."""
+    """Loss, log-probabilities [M], gradient to x [M, D], gradient to w [V, D]; arguments as in
+    `xla`."""
     x, w, weights = (np.asarray(a, np.float64) for a in (x, w, weights))
     logits = x @ w.T
     top = logits.max(axis=-1, keepdims=True)

@@ -1,9 +1,10 @@
 """Absorbed latent attention over the compressed cache: 512 + 64 numbers a token serve all heads.
 
-Contract of `mla_decode` (V2 report, arXiv 2405.04434, 2.1.2-2.1.3): the up-projection of the keys has been folded into
-the query, so score(t, s, h) = scale * (q_latent[t, h] . latent[s] + q_rope[t, h] . k_rope[s]), and the result is a mix of
-latents that the caller projects up to values. Query (b, t) sees the first `lengths[b, t]` entries of row b; whatever lies
-behind them, NaN included, has no effect.
+Contract of `mla_decode` (V2 report, arXiv 2405.04434, 2.1.2-2.1.3): the up-projection of the keys
+has been folded into the query, so score(t, s, h) = scale * (q_latent[t, h] . latent[s] + q_rope[t,
+h] . k_rope[s]), and the result is a mix of latents that the caller projects up to values. Query (b,
+t) sees the first `lengths[b, t]` entries of row b; whatever lies behind them, NaN included, has no
+effect.
 B batch  T query  S cache capacity  H heads  C latent  R rope
 """
 

@@ -12,7 +12,8 @@ def mla_decode(
     *,
     scale: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mixed latents float64 [B, T, H, C] and log-sum-exp float64 [B, T, H]; arguments as in `xla.mla_decode`."""
+    """Mixed latents float64 [B, T, H, C] and log-sum-exp float64 [B, T, H]; arguments as in
+    `xla.mla_decode`."""
     q_latent, q_rope, latent, k_rope = (
         np.asarray(a, np.float64) for a in (q_latent, q_rope, latent, k_rope)
     )

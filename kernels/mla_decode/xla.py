@@ -1,4 +1,5 @@
-"""Latent decode attention in XLA: a loop over blocks of the cache that ends where the longest sequence ends.
+"""Latent decode attention in XLA: a loop over blocks of the cache that ends where the longest
+sequence ends.
 
 B batch  T query  S cache capacity  H heads  C latent  R rope  W width of a result
 """
@@ -8,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 512
+_BLOCK = 256
 
 
 def attend_blocks(
@@ -18,14 +19,17 @@ def attend_blocks(
     capacity: int,
     shape: tuple[int, int, int, int],
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention over a cache of `capacity` entries, a block at a time (arXiv 1805.02867's running maximum).
+    """Softmax attention over a cache of `capacity` entries, a block at a time (arXiv 1805.02867's
+    running maximum).
 
-    The trip count follows the longest visible length, so a long, mostly empty cache costs what it holds.
+    The trip count follows the longest visible length, so a long, mostly empty cache costs what it
+    holds.
 
     Args:
-        score: takes a function that cuts the current block out of a cache array [B, S, ...], returns float32 [B, H, T, s].
-        mix: takes weights float32 [B, H, T, s] and such a function, which also zeroes entries nobody sees; returns
-            float32 [B, T, H, W].
+        score: takes a function that cuts the current block out of a cache array [B, S, ...],
+            returns float32 [B, H, T, s].
+        mix: takes weights float32 [B, H, T, s] and such a function, which also zeroes entries
+            nobody sees; returns float32 [B, T, H, W].
         lengths: int32 [B, T], entries visible to each query.
         capacity: S.
         shape: (B, T, H, W).

@@ -15,7 +15,8 @@ def mla_prefill(
     k_segments: np.ndarray | None = None,
     q_offset: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Values float64 [B, T, H, V] and log-sum-exp float64 [B, T, H]; arguments as in `xla.mla_prefill`."""
+    """Values float64 [B, T, H, V] and log-sum-exp float64 [B, T, H]; arguments as in
+    `xla.mla_prefill`."""
     q_nope, q_rope, k_nope, k_rope, v = (
         np.asarray(a, np.float64) for a in (q_nope, q_rope, k_nope, k_rope, v)
     )

@@ -31,12 +31,14 @@ def mla_prefill(
         k_rope: [B, S, R], rotated, one for all heads.
         v: [B, S, H, V].
         scale: softmax scale.
-        q_segments: int32 [B, T]; a query sees only keys of its own segment (packed sequences, padding).
+        q_segments: int32 [B, T]; a query sees only keys of its own segment (packed sequences,
+            padding).
         k_segments: int32 [B, S]; given with q_segments.
         q_offset: index of the first query among the keys.
 
     Returns:
-        Values [B, T, H, V] in v's dtype, and log-sum-exp float32 [B, T, H]; a query that sees nothing gets 0 and -inf.
+        Values [B, T, H, V] in v's dtype, and log-sum-exp float32 [B, T, H]; a query that sees
+        nothing gets 0 and -inf.
 
     Raises:
         ValueError: only one of the two segment arrays is given.
@@ -97,7 +99,8 @@ def mla_prefill(
 def merge(
     left: jax.Array, left_lse: jax.Array, right: jax.Array, right_lse: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over the union of two disjoint key sets from the results over each: values [..., V], lse [...]."""
+    """Attention over the union of two disjoint key sets from the results over each: values [...,
+    V], lse [...]."""
     top = jnp.maximum(jnp.maximum(left_lse, right_lse), jnp.finfo(jnp.float32).min)
     a, b = jnp.exp(left_lse - top), jnp.exp(right_lse - top)
     total = jnp.where(a + b > 0, a + b, 1.0)

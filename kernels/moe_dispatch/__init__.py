@@ -1,7 +1,8 @@
-"""Rows sorted by expert, and back: gathers only, so that forward and backward are the same on every rerun.
+"""Rows sorted by expert, and back: gathers only, so that forward and backward are the same on every
+rerun.
 
-Scatter-add is the classic source of run-to-run differences in expert models; here the inverse permutation turns both
-directions, and both gradients, into gathers and a sum over K in fixed order.
+Scatter-add is the classic source of run-to-run differences in expert models; here the inverse
+permutation turns both directions, and both gradients, into gathers and a sum over K in fixed order.
 M tokens  K chosen  E experts  D width
 """
 

@@ -57,7 +57,8 @@ dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 @jax.custom_vjp
 def combine(y: jax.Array, weights: jax.Array, rows: Plan) -> jax.Array:
-    """Weighted sum of each token's expert outputs, float32 accumulation: [M*K, D], [M, K] -> [M, D] in y's dtype."""
+    """Weighted sum of each token's expert outputs, float32 accumulation: [M*K, D], [M, K] -> [M, D]
+    in y's dtype."""
     back = y[rows.inverse].reshape(*weights.shape, y.shape[-1])
     return jnp.einsum("mkd,mk->md", back.astype(jnp.float32), weights.astype(jnp.float32)).astype(
         y.dtype

@@ -15,7 +15,8 @@ def router(
     normalise: bool = False,
     scale: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices int [M, K], best first, and weights float64 [M, K]; arguments as in `router.xla.router`."""
+    """Indices int [M, K], best first, and weights float64 [M, K]; arguments as in
+    `router.xla.router`."""
     logits = np.asarray(logits, np.float64)
     indices, weights = [], []
     for row in logits:

@@ -14,7 +14,8 @@ class Routing(NamedTuple):
 
     indices: int32 [..., M, K], distinct within a token, best first.
     weights: float32 [..., M, K], what each chosen expert's output is multiplied by.
-    scores: float32 [..., M, E], unbiased affinities of every expert (the balance losses need all of them).
+    scores: float32 [..., M, E], unbiased affinities of every expert (the balance losses need all of
+        them).
     """
 
     indices: jax.Array
@@ -36,9 +37,10 @@ def router(
 ) -> Routing:
     """Chooses `k` experts for every token.
 
-    The choice is made on biased scores, restricted to the best `top_groups` of `groups` groups where there is more
-    than one; the weights are the unbiased scores of the chosen experts. Excluded groups are masked with -inf, as in
-    the makers' inference code, so that a strongly negative bias cannot bring an excluded expert back.
+    The choice is made on biased scores, restricted to the best `top_groups` of `groups` groups
+    where there is more than one; the weights are the unbiased scores of the chosen experts.
+    Excluded groups are masked with -inf, as in the makers' inference code, so that a strongly
+    negative bias cannot bring an excluded expert back.
 
     Args:
         logits: float32 [M, E].
@@ -72,7 +74,8 @@ def router(
 
 
 def expert_counts(indices: jax.Array, experts: int, mask: jax.Array | None = None) -> jax.Array:
-    """Tokens sent to each expert, int32 [E]; by comparison, not by scatter, so the result is the same on every rerun.
+    """Tokens sent to each expert, int32 [E]; by comparison, not by scatter, so the result is the
+    same on every rerun.
 
     Args:
         indices: int32 [..., K].

@@ -1,0 +1,1 @@
+"""Measurements that the command line prints: speed against peers, on the machine at hand."""
