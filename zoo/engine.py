@@ -48,13 +48,13 @@ class Request(NamedTuple):
 class Event(NamedTuple):
     """New tokens of one request.
 
-    index: position of the request in the order given.
+    request: position of the request in the order given.
     tokens: the new ids; an end-of-sequence id is included.
     logprobs: of each, under the model itself (temperature 1, nothing excluded): what RL needs.
     finish: None while it goes on, then "eos" or "length".
     """
 
-    index: int
+    request: int
     tokens: list[int]
     logprobs: list[float]
     finish: str | None

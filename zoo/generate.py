@@ -227,7 +227,7 @@ def _follow(plan: _Plan, finished: dict[int, str], *, chunk: int) -> Iterator[tu
     """Runs the engine; yields (row, new certain text) and fills `finished`."""
     ends = set(plan.engine.eos.tolist())
     for event in plan.engine.run(plan.requests, chunk=chunk):
-        row = plan.rows[event.index]
+        row = plan.rows[event.request]
         for token, logprob in zip(event.tokens, event.logprobs, strict=True):
             if token in ends:
                 row.tokens.append(token)
@@ -236,11 +236,11 @@ def _follow(plan: _Plan, finished: dict[int, str], *, chunk: int) -> Iterator[tu
                 row.push(token, logprob)
         if event.finish is not None:
             row.flush()
-            finished[event.index] = "stop" if row.stopped else event.finish
+            finished[event.request] = "stop" if row.stopped else event.finish
         elif row.stopped:
-            plan.engine.release(event.index)
-            finished[event.index] = "stop"
-        yield event.index, row.take(final=event.index in finished)
+            plan.engine.release(event.request)
+            finished[event.request] = "stop"
+        yield event.request, row.take(final=event.request in finished)
 
 
 def _count(plan: _Plan, statistics: Statistics) -> None:

@@ -59,4 +59,6 @@ def gqa_decode(
         out = jnp.einsum("bgqts,bsgd->btgqd", w, values, preferred_element_type=jnp.float32)
         return out.reshape(batch, queries, heads, width)
 
-    return attend_blocks(score, mix, lengths, k.shape[1], q.shape)[0].astype(q.dtype)
+    return attend_blocks(score, mix, lengths, k.shape[1], (batch, queries, heads, width))[0].astype(
+        q.dtype
+    )

@@ -76,7 +76,7 @@ def _scan(z_loss, chunk, x, w, targets, weights, *, gradients):
         logprob = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0] - lse
         loss, to_w = carry
         loss = loss + (weight * (-logprob + z_loss * lse**2)).sum()
-        to_x = ()
+        to_x = jnp.zeros((0,), x.dtype)
         if gradients:
             slope = jnp.exp(logits - lse[:, None]) * (weight * (1.0 + 2.0 * z_loss * lse))[:, None]
             slope = slope - jax.nn.one_hot(target, w.shape[0], dtype=jnp.float32) * weight[:, None]

@@ -92,7 +92,7 @@ def ours(model: Model, case: Case) -> tuple[float, list[int]]:
     start = time.perf_counter()
     rest = list(events)
     seconds = time.perf_counter() - start
-    return seconds, next(e.tokens for e in rest if e.index == 0)
+    return seconds, next(e.tokens for e in rest if e.request == 0)
 
 
 class Peer:

@@ -9,12 +9,12 @@ import json
 import sys
 import time
 
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, DynamicCache
-
 
 def main() -> None:
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, DynamicCache
+
     directory, threads = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
