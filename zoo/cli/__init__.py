@@ -6,12 +6,14 @@ options, and `run(command) -> int`.
 """
 
 import difflib
+import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
 
+from deepzoo.zoo.cli import usage
 from deepzoo.zoo.errors import DeepzooError
 
 COMMANDS = {
@@ -23,7 +25,7 @@ COMMANDS = {
     "bench": "Measure speed on this machine.",
 }
 
-TRACEBACK = "DEEPZOO_TRACEBACK"  # set to 1: errors end in a traceback
+TRACEBACK = "DEEPZOO_TRACEBACK"  # set to 1: errors print where they come from, too
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,11 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 success, 2 a mistake of the user (one line on stderr), 1 a mistake of the program, 130 Ctrl-C,
     141 the reader of stdout went away.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
-    if os.environ.get(TRACEBACK) == "1":
-        return _dispatch(args)
+    _spell_what_the_terminal_cannot()
     try:
-        status = _dispatch(args)
+        status = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -51,14 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = f"{error.filename}: " if error.filename is not None else ""
         return _fail(f"{named}{error.strerror or error}", 2)
     except Exception as error:
-        kind = type(error).__name__
-        return _fail(f"unexpected {kind}: {error} ({TRACEBACK}=1 shows where)", 1)
+        text = str(error).strip().split("\n")[0]
+        what = f"{type(error).__name__}{': ' if text else ''}{text}"
+        return _fail(f"unexpected {what} ({TRACEBACK}=1 shows where)", 1)
+
+
+def _spell_what_the_terminal_cannot() -> None:
+    """Where stdout is not UTF-8, a character that it lacks comes out as its number."""
+    for out in (sys.stdout, sys.stderr):
+        if isinstance(out, io.TextIOWrapper) and out.encoding.lower() not in ("utf-8", "utf8"):
+            out.reconfigure(errors="backslashreplace")
 
 
 def _dispatch(args: list[str]) -> int:
     name, *rest = args or ["--help"]
     if name in ("-h", "--help", "help"):
-        print(usage())
+        print(overview())
         return 0
     if name == "--version":
         from importlib.metadata import version
@@ -69,23 +77,16 @@ def _dispatch(args: list[str]) -> int:
         what = "option" if name.startswith("-") else "command"
         near = difflib.get_close_matches(name, [*COMMANDS, "--help", "--version"], n=1)
         hint = f"did you mean {near[0]}?" if near else "`deepzoo --help` lists all"
-        raise DeepzooError(f"no {what} is called {name!r}; {hint}")
+        raise usage.UsageError(f"no {what} is called {name!r}; {hint}")
     module = import_module(f"deepzoo.zoo.cli.{name}")
-    return module.run(parse(getattr(module, name.capitalize()), name, rest))
+    try:
+        command = usage.parse(getattr(module, name.capitalize()), name, rest)
+    except SystemExit:  # after help
+        return 0
+    return module.run(command)
 
 
-def parse(kind: type, name: str, args: Sequence[str]) -> Any:
-    """An instance of the command's dataclass from its arguments.
-
-    Raises:
-        SystemExit: 0 after help, 2 after telling what is wrong with the arguments.
-    """
-    import tyro
-
-    return tyro.cli(kind, prog=f"deepzoo {name}", args=args)
-
-
-def usage() -> str:
+def overview() -> str:
     """What `deepzoo --help` prints."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {told}" for name, told in COMMANDS.items()]
@@ -103,6 +104,10 @@ def usage() -> str:
 
 
 def _fail(message: object, status: int) -> int:
-    """One line on stderr, whatever line breaks the message holds."""
-    print(f"deepzoo: {' '.join(str(message).split())}", file=sys.stderr)
+    """One line on stderr, whatever line breaks and control characters the message holds."""
+    if os.environ.get(TRACEBACK) == "1":
+        traceback.print_exc()
+    line = " ".join(str(message).split())
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+    print(f"deepzoo: {shown}", file=sys.stderr)
     return status
