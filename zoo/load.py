@@ -1,26 +1,23 @@
 """`load`: a shipped name, a published directory, one of ours, or a hub id, to a Model."""
 
-import dataclasses
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from deepzoo.zoo import assemble, catalog, checkpoint, files, functional, hub, names
+from deepzoo.zoo import assemble, catalog, checkpoint, files, hub, names
 from deepzoo.zoo.config import Config
-from deepzoo.zoo.errors import ConfigError, RequestError, WeightError
+from deepzoo.zoo.errors import ConfigError, WeightError
 from deepzoo.zoo.progress import Progress, track
+from deepzoo.zoo.target import dtype_name, place, target_config
 from deepzoo.zoo.tokenizer import Tokenizer
 from deepzoo.zoo.tokenizer_file import FILES as TOKENIZER_FILES
 from deepzoo.zoo.types import Model
 from deepzoo.zoo.weights import Reader, judge
-
-DTYPES = ("bfloat16", "float32")
 
 
 def load(
@@ -78,36 +75,8 @@ def load(
         )  # fmt: skip
         config, params = model.config, model.params
     else:
-        config, params = _load_hf(
-            directory, mesh, rules, dtype, quantized, mtp, stacked, progress
-        )
+        config, params = _load_hf(directory, mesh, rules, dtype, quantized, mtp, stacked, progress)
     return Model(config, params, read_tokenizer(directory, config), name, directory)
-
-
-def dtype_name(dtype: Any) -> str | None:
-    """The name of a dtype that models can be cast to, or None for None.
-
-    Raises:
-        RequestError: any other dtype.
-    """
-    if dtype is None:
-        return None
-    try:
-        found = jnp.dtype(dtype).name
-    except TypeError:
-        found = str(dtype)
-    if found not in DTYPES:
-        raise RequestError(f"dtype {found!r}: a model can be cast to {' or '.join(DTYPES)}")
-    return found
-
-
-def target_config(config: Config, dtype: str | None, quantized: bool) -> Config:
-    """The config of the same model after a cast and, where not `quantized`, after dequantising."""
-    if not quantized:
-        config = dataclasses.replace(config, quantization_config=None)
-    if dtype is not None:
-        config = dataclasses.replace(config, dtype=dtype, norm_dtype=None)
-    return config
 
 
 def read_hf_config(directory: Path) -> Config:
@@ -155,10 +124,10 @@ def _find(
         raise WeightError(f"{path}: is not a directory; pass the directory that holds config.json")
     repo = text if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else _released(text)
     if repo is None or not isinstance(source, str):
-        shipped = ", ".join(n for n in catalog.models() if catalog.shipped_directory(n)) or "none yet"
+        shipped = [n for n in catalog.models() if catalog.shipped_directory(n)]
         raise WeightError(
             f"{path}: no such directory, and no model of that name ships with deepzoo (there:"
-            f" {shipped})"
+            f" {', '.join(shipped) or 'none'})"
         )
     if not download:
         raise WeightError(
@@ -209,14 +178,3 @@ def _load_hf(
                 flat = {p: assemble.build(plan, reader.read, pool) for p, plan in plans.items()}
         opened.verify_unchanged()
     return config, names.nest(flat)
-
-
-def place(
-    config: Config, mesh: Mesh | None, rules: Mapping[str, str] | None, stacked: bool
-) -> dict[names.Path, jax.sharding.Sharding]:
-    """The sharding of every leaf by path; empty without a mesh."""
-    if mesh is None:
-        if rules is not None:
-            raise RequestError("rules say how to divide leaves over a mesh; pass mesh=, too")
-        return {}
-    return dict(names.flatten(functional.shardings(config, mesh, rules, stacked=stacked)))

@@ -1,0 +1,304 @@
+"""Trees of arrays on disk: Orbax data and a manifest that proves it.
+
+    <directory>/manifest.json     what is there: shapes, dtypes, fingerprints, files, versions
+    <directory>/<tree>/           an Orbax tree (a plain nested dict) each: params, opt_state, ...
+
+Manifest and trees appear together or not at all. Every read compares the manifest with its own
+hash, every listed file with its size (small ones with their hash), and every leaf with its
+fingerprint, before an array is handed out.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepzoo.zoo import files, names
+from deepzoo.zoo.atomic import new_directory
+from deepzoo.zoo.errors import CheckpointError, DeepzooError
+from deepzoo.zoo.fingerprint import leaf_fingerprint, named
+from deepzoo.zoo.progress import Progress, track
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_PACKAGES = ("deepzoo", "jax", "flax", "orbax-checkpoint")
+_CHUNK = 64 << 20
+_HASHED = 16 << 20  # files up to this size are hashed; the larger ones are array data
+
+
+class Manifest(NamedTuple):
+    """What a checkpoint directory says about itself, after its files were compared with it.
+
+    Attributes:
+        directory: where it lies.
+        trees: tree -> leaf -> {"shape", "dtype", "fingerprint"}.
+        extra: what the writer added: config, step, data cursor.
+        written_by: version of this package that wrote it.
+    """
+
+    directory: Path
+    trees: dict[str, dict[str, dict[str, Any]]]
+    extra: dict[str, Any]
+    written_by: str
+
+
+def write_tree(
+    directory: str | Path,
+    trees: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
+    *,
+    finish: Callable[[Path], None] | None = None,
+    progress: Progress = None,
+) -> Path:
+    """Writes trees of arrays and their manifest in one atomic step.
+
+    Args:
+        directory: must not exist, or be empty; its parents are made.
+        trees: name -> any tree of arrays; what is not a dict (an optimiser's state) is written as
+            one, keys being field names and indices.
+        extra: JSON values for the manifest, such as config, step, data cursor.
+        finish: adds more files to the directory before it appears.
+        progress: see `progress.Progress`.
+
+    Raises:
+        CheckpointError: the directory is in use, the disk is full, or a leaf is no array.
+    """
+    if jax.process_count() > 1:
+        raise CheckpointError(f"{directory}: saving from several processes is not supported yet")
+    directory = Path(directory)
+    arrays = {
+        tree: {k: _array(k, v) for k, v in named(value).items()} for tree, value in trees.items()
+    }
+    total = sum(x.nbytes for leaves in arrays.values() for x in leaves.values())
+    with (
+        new_directory(directory, total, CheckpointError) as temporary,
+        track(f"writing {directory.name}", total, progress) as advance,
+    ):
+        for tree, leaves in arrays.items():
+            _write_orbax(temporary / tree, leaves)
+            advance(sum(x.nbytes for x in leaves.values()))
+        described = {tree: {k: _describe(x) for k, x in v.items()} for tree, v in arrays.items()}
+        if finish is not None:
+            finish(temporary)
+        manifest = {
+            **(extra or {}),
+            "format": FORMAT,
+            "written_by": version("deepzoo"),
+            "versions": {name: version(name) for name in _PACKAGES},
+            "trees": described,
+            "files": _listed(temporary),
+        }
+        manifest["sha256"] = _digest(manifest)
+        text = json.dumps(manifest, indent=1, allow_nan=False)
+        (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return directory
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """Reads manifest.json and compares the directory's files with it; no array is read yet.
+
+    Raises:
+        CheckpointError: no manifest (unfinished, or not ours), a file missing or of another size, a
+            link, or a newer format.
+    """
+    directory = Path(directory).resolve()
+    try:
+        raw = files.read_json(directory, MANIFEST, CheckpointError)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory}: no {MANIFEST}; it was never finished, or deepzoo did not write it"
+        ) from None
+    path = directory / MANIFEST
+    found = raw.get("format")
+    if not isinstance(found, int) or isinstance(found, bool):
+        raise CheckpointError(f"{path}: names no format; deepzoo did not write it")
+    if found > FORMAT:
+        raise CheckpointError(
+            f"{path}: format {found}, written by deepzoo {raw.get('written_by')}; this one"
+            f" ({version('deepzoo')}) reads up to {FORMAT}: install a newer deepzoo"
+        )
+    digest = raw.pop("sha256", None)
+    if digest != _digest(raw):
+        raise CheckpointError(f"{path}: its text is not what was written; it is damaged")
+    trees, listed = raw.pop("trees", None), raw.pop("files", None)
+    if not _well_formed(trees) or not isinstance(listed, dict):
+        raise CheckpointError(f"{path}: trees or files are missing or damaged")
+    _compare_files(directory, listed)
+    return Manifest(directory, trees, raw, str(raw.get("written_by")))
+
+
+def read_tree(manifest: Manifest, tree: str, target: Any, *, progress: Progress = None) -> Any:
+    """Restores one tree into the structure of `target` and compares every leaf's fingerprint.
+
+    Args:
+        manifest: from `read_manifest`.
+        tree: name given to `write_tree`.
+        target: same structure; leaves are `jax.ShapeDtypeStruct`, with a sharding if they are to be
+            spread over devices, or arrays, whose placement is taken over.
+        progress: see `progress.Progress`.
+
+    Raises:
+        CheckpointError: keys, shapes or dtypes differ from the target (nothing is cast), the data
+            cannot be read, or a fingerprint differs.
+    """
+    where = f"{manifest.directory}: {tree}"
+    if tree not in manifest.trees:
+        raise CheckpointError(
+            f"{where} is not in this checkpoint ({', '.join(manifest.trees)} are)"
+        )
+    wanted, stored = named(target), manifest.trees[tree]
+    _compare(where, wanted, stored)
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    structs = {
+        name: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=getattr(x, "sharding", None) or default
+        )
+        for name, x in wanted.items()
+    }
+    total = sum(x.size * x.dtype.itemsize for x in structs.values())
+    with track(f"loading {manifest.directory.name}", total, progress) as advance:
+        found = _read_orbax(manifest.directory / tree, structs, where)
+        for name, leaf in found.items():
+            if leaf_fingerprint(leaf) != stored[name]["fingerprint"]:
+                raise CheckpointError(
+                    f"{where}/{name} is not what was written: its fingerprint differs; the disk or"
+                    " a copy damaged it, use another copy of this checkpoint"
+                )
+            advance(leaf.nbytes)
+    return jax.tree.unflatten(jax.tree.structure(target), [found[name] for name in wanted])
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _listed(directory: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest says about files: size, and the hash of small ones."""
+    listed = {}
+    for name, size in _walk(directory).items():
+        listed[name] = {"size": size}
+        if size <= _HASHED:
+            listed[name]["sha256"] = _hash(directory / name)
+    return listed
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _compare_files(directory: Path, listed: dict[str, Any]) -> None:
+    held = _walk(directory)
+    if missing := listed.keys() - held.keys():
+        raise CheckpointError(f"{directory}: incomplete: missing {files.some(missing)}")
+    for name, entry in sorted(listed.items()):
+        size, digest = entry.get("size"), entry.get("sha256")
+        if held[name] != size:
+            raise CheckpointError(
+                f"{directory / name}: {held[name]} bytes, but {size} were written; it is damaged"
+            )
+        if digest is not None and _hash(directory / name) != digest:
+            raise CheckpointError(f"{directory / name}: is not what was written; it is damaged")
+
+
+def _array(name: str, leaf: Any) -> jax.Array:
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | bool):
+        raise CheckpointError(f"{name} is a {type(leaf).__name__}; checkpoints hold arrays only")
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise CheckpointError(f"{name} is a random key; keep the seed and the step instead")
+    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+
+
+def _describe(x: jax.Array) -> dict[str, Any]:
+    return {"shape": list(x.shape), "dtype": str(x.dtype), "fingerprint": leaf_fingerprint(x)}
+
+
+def _compare(where: str, wanted: dict[str, Any], stored: dict[str, dict[str, Any]]) -> None:
+    missing, left = wanted.keys() - stored.keys(), stored.keys() - wanted.keys()
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} leaves are missing: {files.some(missing)}")
+    if left:
+        parts.append(f"{len(left)} leaves are not expected: {files.some(left)}")
+    for name in sorted(wanted.keys() & stored.keys()):
+        x, entry = wanted[name], stored[name]
+        if (list(x.shape), str(x.dtype)) != (entry["shape"], entry["dtype"]):
+            found = f"{entry['dtype']}{entry['shape']}"
+            parts.append(f"{name} is {found}, expected {x.dtype}{list(x.shape)}")
+    if parts:
+        more = f"; and {len(parts) - 10} more" if len(parts) > 10 else ""
+        raise CheckpointError(f"{where} does not fit: {'; '.join(parts[:10])}{more}")
+
+
+def _well_formed(trees: Any) -> bool:
+    if not isinstance(trees, dict):
+        return False
+    leaves = [leaf for tree in trees.values() if isinstance(tree, dict) for leaf in tree.values()]
+    return all(isinstance(t, dict) for t in trees.values()) and all(
+        isinstance(x, dict)
+        and isinstance(x.get("shape"), list)
+        and isinstance(x.get("dtype"), str)
+        and isinstance(x.get("fingerprint"), str)
+        for x in leaves
+    )
+
+
+def _walk(directory: Path) -> dict[str, int]:
+    """Size of every file below; a link or anything but files and directories is refused."""
+    found = {}
+    for base, folders, held in os.walk(directory):
+        for name in folders + held:
+            path = Path(base, name)
+            status = path.lstat()
+            if stat.S_ISLNK(status.st_mode):
+                raise CheckpointError(f"{path}: a symbolic link; checkpoints hold plain files only")
+            if stat.S_ISREG(status.st_mode):
+                found[path.relative_to(directory).as_posix()] = status.st_size
+            elif not stat.S_ISDIR(status.st_mode):
+                raise CheckpointError(
+                    f"{path}: not a regular file; checkpoints hold plain files only"
+                )
+    return found
+
+
+def _write_orbax(path: Path, leaves: dict[str, jax.Array]) -> None:
+    import orbax.checkpoint as ocp
+
+    # Orbax refuses arrays without elements; the manifest has all there is to know about them.
+    tree = names.nest({tuple(k.split("/")): x for k, x in leaves.items() if x.size})
+    # In chunks, so that a block of an array can be read later without all of it.
+    how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            checkpointer.save(path, args=ocp.args.StandardSave(tree, how))
+    except Exception as error:  # a full disk arrives as one of many types
+        raise OSError(errno.EIO, " ".join(str(error).split())[:300]) from error
+
+
+def _read_orbax(
+    path: Path, structs: dict[str, jax.ShapeDtypeStruct], where: str
+) -> dict[str, jax.Array]:
+    import orbax.checkpoint as ocp
+
+    tree = names.nest({tuple(k.split("/")): x for k, x in structs.items() if x.size})
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(path, args=ocp.args.StandardRestore(tree))
+    except DeepzooError:
+        raise
+    except Exception as error:  # whatever Orbax and TensorStore throw, it means damaged data
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{where} cannot be read, it is damaged ({reason})") from error
+    found = {"/".join(p): x for p, x in names.flatten(restored)}
+    empty = {k: jnp.zeros(x.shape, x.dtype) for k, x in structs.items() if not x.size}
+    return {**found, **empty}
