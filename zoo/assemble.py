@@ -50,7 +50,7 @@ def plan(leaf: Leaf, dtype: Any, sharding: jax.sharding.Sharding | None) -> Plan
 
 
 def elements(plan: Plan) -> int:
-    """How many elements of the leaf's tensors this host reads; a block for several devices counts once."""
+    """How many elements this host reads; a block for several devices counts once."""
     return sum(_size(block) for block, _ in plan.blocks)
 
 
@@ -138,9 +138,7 @@ def _jobs(plan: Plan, block: Block) -> Iterator[_Job]:
             last = min(row + step, rows.stop)
             tail = (last - row, width)[: len(block) - lead]
             start = (*local, row - rows.start, 0)[: len(block)]
-            yield _Job(
-                by_index[index], slice(row, last), columns, start, (1,) * lead + tail
-            )
+            yield _Job(by_index[index], slice(row, last), columns, start, (1,) * lead + tail)
 
 
 def _fill(job: _Job, out: np.ndarray, read: Read) -> np.ndarray:

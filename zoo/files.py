@@ -47,6 +47,11 @@ def dtype_code(dtype: str) -> str:
     return _CODES[dtype]
 
 
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
+    """The numpy dtype of one of our dtype names."""
+    return DTYPES[_CODES[dtype]]
+
+
 def some(names: Iterable[str], limit: int = 10) -> str:
     """Up to ten names in order, then how many more there are."""
     names = sorted(names)
@@ -73,8 +78,8 @@ def bare_name(name: Any, suffix: str) -> bool:
 def open_file(directory: Path, name: str) -> Iterator[int]:
     """A descriptor of a regular file in `directory`; never blocks, never leaves the directory.
 
-    The one link that is followed is the hub cache's own: `snapshots/<commit>/name` to `blobs/<hash>`
-    of the same repository.
+    The one link that is followed is the hub cache's own: `snapshots/<commit>/name` to
+    `blobs/<hash>` of the same repository.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -256,8 +261,8 @@ def open_checkpoint(directory: Path) -> Iterator[Checkpoint]:
     """Opens every shard once and reads the headers; tensors are named but not yet judged.
 
     Raises:
-        WeightError: no weights, a damaged index or header, a shard missing or left over, a tensor in
-            no shard, in two, or in another than the index says.
+        WeightError: no weights, a damaged index or header, a shard missing or left over, a tensor
+            in no shard, in two, or in another than the index says.
     """
     mapping, total = _index(directory)
     names = sorted(set(mapping.values())) if mapping is not None else [SINGLE_NAME]
@@ -297,19 +302,29 @@ def _index(directory: Path) -> tuple[dict[str, str] | None, int | None]:
         raise WeightError(
             f"{directory}: no weights; expected {SINGLE_NAME} or {INDEX_NAME}"
         ) from None
-    mapping, metadata = index.get("weight_map"), index.get("metadata") or {}
-    if not isinstance(mapping, dict) or not mapping:
-        raise WeightError(f"{path}: weight_map is missing, empty or no object")
-    for tensor, name in mapping.items():
-        if not bare_name(name, ".safetensors"):
-            raise WeightError(
-                f"{path}: {_short(tensor)} is mapped to {_short(repr(name))}; expected the bare name"
-                " of a .safetensors file in the same directory"
-            )
+    mapping, metadata = weight_map(index, str(path)), index.get("metadata") or {}
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total is not None and (isinstance(total, bool) or not isinstance(total, int | float)):
         raise WeightError(f"{path}: metadata.total_size is {total!r}; expected a number")
     return mapping, total
+
+
+def weight_map(index: dict[str, Any], where: str) -> dict[str, str]:
+    """The table of an index: tensor -> shard, every shard a bare file name.
+
+    Raises:
+        WeightError: it is missing, empty, or names anything but a file of the same directory.
+    """
+    mapping = index.get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise WeightError(f"{where}: weight_map is missing, empty or no object")
+    for tensor, name in mapping.items():
+        if not bare_name(name, ".safetensors"):
+            raise WeightError(
+                f"{where}: {_short(tensor)} is mapped to {_short(repr(name))}; expected the bare"
+                " name of a .safetensors file in the same directory"
+            )
+    return mapping
 
 
 def _check_index(

@@ -47,9 +47,10 @@ def judge(checkpoint: Checkpoint, config: Config, *, mtp: bool = True) -> Config
         elif not held:
             first = config.num_hidden_layers
             raise WeightError(
-                f"{checkpoint.directory}: config.json promises {config.num_nextn_predict_layers} MTP"
-                f" layer(s), but no tensor of model.layers.{first} is there (transformers leaves them"
-                " out when it saves); to load the model without, pass mtp=False (--no-mtp)"
+                f"{checkpoint.directory}: config.json promises"
+                f" {config.num_nextn_predict_layers} MTP layer(s), but no tensor of"
+                f" model.layers.{first} is there (transformers leaves them out when it saves);"
+                " to load the model without, pass mtp=False (--no-mtp)"
             )
     missing, left = wanted.keys() - entries.keys(), entries.keys() - wanted.keys()
     if missing or left:
@@ -81,7 +82,7 @@ def _complain(checkpoint: Checkpoint, missing: set[str], left: set[str]) -> None
 def _norm_dtype(
     checkpoint: Checkpoint, config: Config, wanted: dict[str, Tensor], entries: dict[str, Entry]
 ) -> Config:
-    """Norm weights are bf16 in some releases and float32 in others; no key of config.json says which."""
+    """Norm weights are bf16 in some releases, float32 in others; no key of config.json says."""
     by_code: dict[str, list[str]] = {}
     for tensor in wanted.values():
         if tensor.kind == "norm":
@@ -89,8 +90,8 @@ def _norm_dtype(
     if len(by_code) > 1:
         rare = min(by_code, key=lambda code: len(by_code[code]))
         raise WeightError(
-            f"{checkpoint.directory}: norm weights have several dtypes ({', '.join(sorted(by_code))});"
-            f" {rare}: {some(by_code[rare])}"
+            f"{checkpoint.directory}: norm weights have several dtypes"
+            f" ({', '.join(sorted(by_code))}); {rare}: {some(by_code[rare])}"
         )
     (code,) = by_code
     if code not in ("F32", "BF16", dtype_code(config.dtype)):
@@ -188,8 +189,8 @@ class Reader:
                 entry.shard.read(memoryview(data), entry.start + start)
             if not np.array_equal(*both):
                 raise WeightError(
-                    f"{a.shard.path}: {copy.name} differs from {main.name}; in these families it is a"
-                    " copy, and only one of the two can be kept"
+                    f"{a.shard.path}: {copy.name} differs from {main.name}; in these families it"
+                    " is a copy, and only one of the two can be kept"
                 )
             self._advance(n)
 
