@@ -82,8 +82,8 @@ def new_directory(
             taken = cause.errno in (errno.ENOTEMPTY, errno.EEXIST)
             reason = "somebody else filled it meanwhile" if taken else cause.strerror
         raise error(
-            f"{path}: cannot be written ({reason}); needs {needed:,} bytes, {free:,} were free; what"
-            " was written is removed"
+            f"{path}: cannot be written ({reason}); needs {needed:,} bytes, {free:,} were free;"
+            " what was written is removed"
         ) from cause
     finally:
         if lock is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,14 @@ from deepzoo.zoo.functional import is_stacked
 from deepzoo.zoo.load import load, read_hf_config, read_tokenizer
 from deepzoo.zoo.names import Tensor
 from deepzoo.zoo.progress import Progress
-from deepzoo.zoo.save import Fetch, from_params, save_hf, write, write_companions
+from deepzoo.zoo.save import (
+    SHARD_BYTES,
+    Fetch,
+    from_params,
+    save_hf,
+    write,
+    write_companions,
+)
 from deepzoo.zoo.target import dtype_name, target_config
 from deepzoo.zoo.types import Model
 from deepzoo.zoo.weights import Reader, judge
@@ -31,12 +39,13 @@ def convert(
     to: Literal["hf", "orbax"] = "hf",
     dtype: str | None = None,
     mtp: bool = True,
+    max_shard_bytes: int = SHARD_BYTES,
     progress: Progress = None,
 ) -> Path:
     """Reads a model, checks all of it, and writes it as something else.
 
-    From the published layout to the published layout tensors pass one file at a time, so that the
-    host needs a few times 5 GB and not the model. To and from Orbax the model is in memory.
+    From the published layout to the published layout tensors pass one file at a time, so the host
+    needs `max_shard_bytes` and a little, not the model. To and from Orbax the model is in memory.
 
     Args:
         source: as in `load`: a shipped name, a published directory, or one that `save` wrote.
@@ -47,6 +56,7 @@ def convert(
             linear layers of attention, MLPs and experts) to blocks of 128 x 128 with scales of
             amax / 448, and leaves the others in their dtype; FP8 sources pass unchanged.
         mtp: False leaves out the multi-token-prediction layers.
+        max_shard_bytes: as in `save_hf`.
         progress: see `progress.Progress`.
 
     Returns:
@@ -68,12 +78,16 @@ def convert(
         if float8:
             float8_config(read_hf_config(directory))  # to refuse before anything is read
         if to == "hf":
-            return _stream(directory, destination, cast, float8, mtp, progress)
+            emit = functools.partial(
+                write, destination, max_shard_bytes=max_shard_bytes, progress=progress
+            )
+            _stream(directory, cast, float8, mtp, emit)
+            return destination
     model = load(source, dtype=cast, quantized=cast is None, mtp=mtp, progress=progress)
     if float8:
         model = quantize(model)
     if to == "hf":
-        return save_hf(model, destination, progress=progress)
+        return save_hf(model, destination, max_shard_bytes=max_shard_bytes, progress=progress)
     return checkpoint.save(model, destination, progress=progress)
 
 
@@ -129,13 +143,9 @@ def _published(source: str | Path) -> Path | None:
 
 
 def _stream(
-    directory: Path,
-    destination: Path,
-    cast: str | None,
-    float8: bool,
-    mtp: bool,
-    progress: Progress,
-) -> Path:
+    directory: Path, cast: str | None, float8: bool, mtp: bool, emit: Callable[..., Path]
+) -> None:
+    """Reads tensor by tensor as `emit(config, fetch, finish)` asks for them; see `save.write`."""
     promised = read_hf_config(directory)
     with files.open_checkpoint(directory) as opened:
         disk = judge(opened, promised, mtp=mtp)
@@ -157,10 +167,10 @@ def _stream(
             write_companions(tokenizer, directory, temporary)
             opened.verify_unchanged()
 
-        if not float8 or config.quantization_config is not None:
-            return write(destination, config, fetch, finish, progress=progress)
-        quantised = _quantising(fetch, config)
-        return write(destination, float8_config(config), quantised, finish, progress=progress)
+        if float8 and config.quantization_config is None:
+            emit(float8_config(config), _quantising(fetch, config), finish)
+        else:
+            emit(config, fetch, finish)
 
 
 def _quantising(fetch: Fetch, config: Config) -> Fetch:
