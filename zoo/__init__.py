@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from deepzoo.zoo.catalog import card, config, models
     from deepzoo.zoo.checkpoint import save
     from deepzoo.zoo.config import Config, Quantization
+    from deepzoo.zoo.convert import convert
     from deepzoo.zoo.errors import DeepzooError
     from deepzoo.zoo.functional import (
         abstract,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from deepzoo.zoo.load import load
     from deepzoo.zoo.model import Output
     from deepzoo.zoo.rope import RopeScaling
+    from deepzoo.zoo.save import save_hf
     from deepzoo.zoo.types import Model
 
 __all__ = [
@@ -54,11 +56,13 @@ __all__ = [
     "cache",
     "card",
     "config",
+    "convert",
     "generate",
     "init",
     "load",
     "models",
     "save",
+    "save_hf",
     "shardings",
     "stack",
     "stream",
@@ -70,12 +74,14 @@ _HOMES = {
     "catalog": "card config models",
     "checkpoint": "save",
     "config": "Config Quantization",
+    "convert": "convert",
     "errors": "DeepzooError",
     "functional": "abstract apply apply_mtp axes bind init shardings stack unstack",
     "generate": "Completion Statistics generate stream",
     "load": "load",
     "model": "Output",
     "rope": "RopeScaling",
+    "save": "save_hf",
     "types": "Model",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import child
 import pytest
+
 from deepzoo import zoo
 
 FILE = Path(inspect.getfile(zoo))
@@ -46,7 +47,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def test_functions_keep_their_names_when_submodules_of_that_name_are_imported_first():
     names = sorted(n for n in zoo.__all__ if (FILE.parent / f"{n}.py").is_file())
-    assert names[:4] == ["cache", "card", "config", "generate"]
+    assert {"cache", "card", "config", "convert", "generate", "load", "save"} <= set(names)
     child.run(
         f"""
         import importlib
