@@ -54,10 +54,11 @@ def gqa_decode(
         return s.reshape(batch, heads, queries, -1) * scale
 
     def mix(weight, cut):
-        values = cut(v)
-        w = weight.reshape(batch, groups, heads // groups, queries, -1).astype(values.dtype)
-        out = jnp.einsum("bgqts,bsgd->btgqd", w, values, preferred_element_type=jnp.float32)
-        return out.reshape(batch, queries, heads, width)
+        # In float32: XLA:CPU has no bfloat16 product for this layout.
+        values = cut(v).astype(jnp.float32)
+        w = weight.reshape(batch, groups, heads // groups, queries, -1)
+        out = jnp.einsum("bgqts,bsgd->bgqtd", w, values)
+        return out.reshape(batch, heads, queries, width)
 
     return attend_blocks(score, mix, lengths, k.shape[1], (batch, queries, heads, width))[0].astype(
         q.dtype

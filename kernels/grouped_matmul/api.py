@@ -32,6 +32,7 @@ def grouped_matmul(
     Raises:
         ValueError: shapes that do not belong together, or float8 without scales.
     """
+    x, w, group_sizes = (jnp.asarray(a) for a in (x, w, group_sizes))
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[2] or group_sizes.shape != (w.shape[0],):
         raise ValueError(
             f"grouped_matmul needs x [M, K], w [E, N, K], group_sizes [E]; got {x.shape},"

@@ -29,7 +29,7 @@ def attend_blocks(
         score: takes a function that cuts the current block out of a cache array [B, S, ...],
             returns float32 [B, H, T, s].
         mix: takes weights float32 [B, H, T, s] and such a function, which also zeroes entries
-            nobody sees; returns float32 [B, T, H, W].
+            nobody sees; returns float32 [B, H, T, W].
         lengths: int32 [B, T], entries visible to each query.
         capacity: S.
         shape: (B, T, H, W).
@@ -37,7 +37,7 @@ def attend_blocks(
     Returns:
         float32 [B, T, H, W] and log-sum-exp float32 [B, T, H]; 0 and -inf where nothing is visible.
     """
-    batch, queries, heads, _ = shape
+    batch, queries, heads, width = shape
     block = min(_BLOCK, capacity)
     row_end = lengths.max(axis=1)
 
@@ -60,14 +60,14 @@ def attend_blocks(
         new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
         weight = jnp.exp(scores - new_top)
         decay = jnp.exp(top - new_top)
-        out = out * decay.swapaxes(1, 2) + mix(weight, cut_clean)
+        out = out * decay + mix(weight, cut_clean)
         return new_top, total * decay + weight.sum(axis=-1, keepdims=True), out
 
     lowest = jnp.finfo(jnp.float32).min
     start = (
         jnp.full((batch, heads, queries, 1), lowest, jnp.float32),
         jnp.zeros((batch, heads, queries, 1), jnp.float32),
-        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((batch, heads, queries, width), jnp.float32),
     )
     if capacity <= block:
         top, total, out = step(0, start)
@@ -76,7 +76,7 @@ def attend_blocks(
     seen = total > 0
     safe = jnp.where(seen, total, 1.0)
     lse = jnp.where(seen, jnp.log(safe) + top, -jnp.inf)[..., 0].swapaxes(1, 2)
-    return out / safe.swapaxes(1, 2), lse
+    return (out / safe).swapaxes(1, 2), lse
 
 
 def mla_decode(
@@ -115,12 +115,12 @@ def mla_decode(
 
     def mix(weight, cut):
         values = cut(latent)
-        return jnp.einsum(
-            "bhts,bsc->bthc",
-            weight.astype(values.dtype),
-            values,
-            preferred_element_type=jnp.float32,
+        # Written out, since XLA:CPU has no bfloat16 product for the layout that einsum picks here.
+        rows = weight.astype(values.dtype).reshape(batch, heads * queries, -1)
+        out = jax.lax.dot_general(
+            rows, values, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32
         )
+        return out.reshape(batch, heads, queries, width)
 
     out, lse = attend_blocks(score, mix, lengths, latent.shape[1], (batch, queries, heads, width))
     return out.astype(q_latent.dtype), lse
