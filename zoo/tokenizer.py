@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import tokenizers
+
 from deepzoo.zoo.errors import RequestError, TokenizerError
 from deepzoo.zoo.tokenizer_file import (
     THINK_TAGS,
@@ -141,7 +142,15 @@ class Tokenizer:
             ) from error
         if not self._lossless:
             self._check_characters(text)
-        return self._encode(text)
+        try:
+            return self._encode(text)
+        except TokenizerError as error:
+            if "Missing [UNK]" not in str(error):
+                raise
+            raise RequestError(
+                f"this model's vocabulary cannot spell {self._unknown_word(text)!r}; "
+                "remove it from the text"
+            ) from None
 
     def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
         """Ids of what a chat format produced. Neighbouring texts are joined before they are
@@ -208,6 +217,17 @@ class Tokenizer:
     def _encode(self, text: str) -> list[int]:
         with rust_errors(f"{self._name}: encoding {len(text)} characters failed"):
             return self._text.encode(text, add_special_tokens=False).ids
+
+    def _unknown_word(self, text: str) -> str:
+        """The first word of `text` that a vocabulary of whole words lacks."""
+        splitter = self._text.pre_tokenizer
+        words = [word for word, _ in splitter.pre_tokenize_str(text)] if splitter else [text]
+        for word in words:
+            try:
+                self._encode(word)
+            except TokenizerError:
+                return word
+        return text
 
     def _check_characters(self, text: str) -> None:
         for character in sorted(set(text) - self._seen):

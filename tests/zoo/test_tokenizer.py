@@ -1,6 +1,7 @@
 """The tokenizer: text stays text, streams never cut a character, damaged files are refused."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,12 +9,14 @@ from typing import Any
 
 import pytest
 import tokenizers
-from deepzoo.zoo.errors import RequestError, TokenizerError
-from deepzoo.zoo.tokenizer import Control, Tokenizer
-from deepzoo.zoo.tokenizer_file import SIZE_LIMIT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
+
+from deepzoo.zoo import catalog
+from deepzoo.zoo.errors import RequestError, TokenizerError
+from deepzoo.zoo.tokenizer import Control, Tokenizer
+from deepzoo.zoo.tokenizer_file import SIZE_LIMIT
 
 HOME = Path(__file__).parent.parent / "data" / "text" / "tokenizer"
 TREE = json.loads((HOME / "tokenizer.json").read_text(encoding="utf-8"))
@@ -418,3 +421,13 @@ def test_no_merge_and_no_word_leads_to_control(whole_words: bool) -> None:
         ids = made.encode(text)
         assert made.control_ids.isdisjoint(ids)
         assert made.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "word"), [("hello", "h"), ("12 + 1234 =", "1234"), ("1 / 2", "/"), ("１ + 2", "１")]
+)
+def test_a_vocabulary_of_words_names_the_word_it_lacks(text, word):
+    tokenizer = Tokenizer.load(catalog.shipped_directory("v2-nano") or "")
+    with pytest.raises(RequestError, match=f"cannot spell '{re.escape(word)}'"):
+        tokenizer.encode(text)
+    assert tokenizer.encode("47+38=") == tokenizer.encode(" 47 + 38 = ")
