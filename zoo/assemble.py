@@ -21,8 +21,10 @@ from deepzoo.zoo.names import Leaf, Tensor
 
 _PIECE = 64 << 20
 _AHEAD = 4
+_IN_PLACE = ("cpu",)  # platforms whose arrays can be numpy buffers
 
 type Block = tuple[slice, ...]
+type Device = Any  # jax.Device is a variable to type checkers
 type Read = Callable[[Tensor, slice, slice, np.ndarray], None]
 
 
@@ -32,7 +34,7 @@ class Plan(NamedTuple):
     leaf: Leaf
     dtype: np.dtype[Any]
     sharding: jax.sharding.Sharding | None
-    blocks: tuple[tuple[Block, tuple[jax.Device | None, ...]], ...]
+    blocks: tuple[tuple[Block, tuple[Device | None, ...]], ...]
 
 
 def plan(leaf: Leaf, dtype: Any, sharding: jax.sharding.Sharding | None) -> Plan:
@@ -40,7 +42,7 @@ def plan(leaf: Leaf, dtype: Any, sharding: jax.sharding.Sharding | None) -> Plan
     whole = tuple(slice(0, n) for n in leaf.shape)
     if sharding is None:
         return Plan(leaf, np.dtype(dtype), None, ((whole, (None,)),))
-    groups: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    groups: dict[tuple[tuple[int, int], ...], list[Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         index = whole if index is None else index
         key = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
@@ -86,13 +88,13 @@ class _Job(NamedTuple):
 
 
 def _block(
-    plan: Plan, block: Block, device: jax.Device | None, read: Read, pool: ThreadPoolExecutor
+    plan: Plan, block: Block, device: Device | None, read: Read, pool: ThreadPoolExecutor
 ) -> jax.Array:
     shape = tuple(s.stop - s.start for s in block)
     size = _size(block) * plan.dtype.itemsize
     jobs = list(_jobs(plan, block))
     platform = jax.default_backend() if device is None else device.platform
-    if platform == "cpu" or size <= _PIECE:
+    if platform in _IN_PLACE or size <= _PIECE:
         buffer = _aligned(shape, plan.dtype)
         _drain(_ordered(pool, lambda job: _fill(job, buffer[job.region], read), jobs))
         # An aligned buffer becomes a CPU array without a copy; nobody writes to it from here on.
@@ -104,7 +106,7 @@ def _on_device(
     plan: Plan,
     shape: tuple[int, ...],
     jobs: list[_Job],
-    device: jax.Device | None,
+    device: Device | None,
     read: Read,
     pool: ThreadPoolExecutor,
 ) -> jax.Array:

@@ -291,7 +291,7 @@ def open_checkpoint(directory: Path) -> Iterator[Checkpoint]:
         yield Checkpoint(directory, tuple(shards), entries)
 
 
-def _index(directory: Path) -> tuple[dict[str, str] | None, int | None]:
+def _index(directory: Path) -> tuple[dict[str, str] | None, float | None]:
     """weight_map and total_size of the index, or None where there is a single file."""
     path = directory / INDEX_NAME
     try:
@@ -330,7 +330,7 @@ def weight_map(index: dict[str, Any], where: str) -> dict[str, str]:
 def _check_index(
     directory: Path,
     mapping: dict[str, str],
-    total: int | None,
+    total: float | None,
     entries: dict[str, Entry],
     shards: list[Shard],
 ) -> None:

@@ -233,7 +233,7 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         yield
     except errors.GatedRepoError as error:
         raise WeightError(
-            f"{repo}: its licence must be accepted on the hub first; then log in with `hf auth login`"
+            f"{repo}: its licence must be accepted on the hub first; then log in (`hf auth login`)"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise WeightError(

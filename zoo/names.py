@@ -31,7 +31,7 @@ class Tensor(NamedTuple):
 
     name: str
     path: Path
-    index: tuple[int, ...]
+    index: tuple[int, ...]  # pyright: ignore[reportIncompatibleMethodOverride]
     shape: tuple[int, ...]
     dtype: str
     kind: Kind

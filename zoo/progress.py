@@ -17,11 +17,11 @@ def track(what: str, total: int, progress: Progress = None) -> Iterator[Callable
         progress = sys.stderr.isatty()
     if progress is False:
         yield lambda n: None
-    elif progress is True:
+    elif callable(progress):
+        yield _counter(total, progress)
+    else:
         with _bar(what, total) as advance:
             yield advance
-    else:
-        yield _counter(total, progress)
 
 
 def _counter(total: int, report: Callable[[int, int], None]) -> Callable[[int], None]:

@@ -184,10 +184,10 @@ class Reader:
         size = a.stop - a.start
         for start in range(0, size, _DIRECT):
             n = min(_DIRECT, size - start)
-            both = [np.empty(n, np.uint8) for _ in range(2)]
-            for entry, data in zip((a, b), both, strict=True):
-                entry.shard.read(memoryview(data), entry.start + start)
-            if not np.array_equal(*both):
+            one, other = np.empty(n, np.uint8), np.empty(n, np.uint8)
+            a.shard.read(memoryview(one), a.start + start)
+            b.shard.read(memoryview(other), b.start + start)
+            if not np.array_equal(one, other):
                 raise WeightError(
                     f"{a.shard.path}: {copy.name} differs from {main.name}; in these families it"
                     " is a copy, and only one of the two can be kept"
