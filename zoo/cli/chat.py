@@ -13,6 +13,7 @@ from deepzoo.zoo.errors import DeepzooError, RequestError
 if TYPE_CHECKING:
     from deepzoo.zoo.types import Model
 
+PROMPT = ">>> "
 HELP = """\
 /reset        forget the conversation
 /system TEXT  what the model is told first; without TEXT, nothing
@@ -87,6 +88,10 @@ class Talk:
             except (DeepzooError, OSError) as error:
                 status = 2
                 self._note(_line(error))
+            except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+                self._note("stopped; the conversation is as it was before this line")
         return 0 if self.interactive else status
 
     def say(self, text: str) -> None:
@@ -121,10 +126,7 @@ class Talk:
         Raises:
             RequestError: a base model, which has no roles.
         """
-        if not self.format.chat:
-            raise RequestError(
-                f"{self.model.name} continues plain text and has no place for a system message"
-            )
+        options.check_roles(self.model, self.chosen["format"])
         self.system = [{"role": "system", "content": system}] if system else []
 
     def save(self, name: str, *, replace: bool) -> None:
@@ -162,6 +164,9 @@ class Talk:
             self._note("the conversation is forgotten")
         elif word == "/system":
             self.tell(rest)
+            self._note(
+                "the model is told this first" if rest else "the model is told nothing first"
+            )
         elif word == "/save":
             self.save(rest, replace=rest == replace)
         elif word == "/help":
@@ -219,14 +224,14 @@ class Talk:
                 pieces.append(piece)
                 screen.push(piece)
         except KeyboardInterrupt:
-            if not self.interactive:
+            if not self.interactive or not any(pieces):
                 raise
             stopped = True
         finally:
             if screen is not None:
                 screen.close()
         if stopped:
-            self._note("stopped")
+            self._note("stopped; what was said so far stays in the conversation")
         self.answers += 1
         return "".join(pieces), thought, stopped
 
@@ -248,7 +253,7 @@ class Talk:
             return options.utf8(line, "stdin").rstrip("\r\n") if line else None
         while True:
             try:
-                return input("> ")
+                return input(PROMPT)
             except KeyboardInterrupt:
                 print()
                 self._note("Ctrl-D or /exit leaves")

@@ -39,7 +39,8 @@ class Screen:
         self.out = out
         self.styled = styled(out)
         self.terminal = out.isatty()
-        self.state = "thought" if thought else "start"
+        self.thought = thought
+        self.state = "start"
         self.held = ""
         self.last = ""
         self.fresh = True  # nothing of this part is written yet: line ends are left out
@@ -67,7 +68,7 @@ class Screen:
             if body.startswith(OPEN):
                 self.state, self.held = "thought", body.removeprefix(OPEN)
             elif final or not OPEN.startswith(body):
-                self.state, self.fresh = "answer", False
+                self.state, self.fresh = ("thought", True) if self.thought else ("answer", False)
         if self.state == "thought":
             text, found, rest = self.held.partition(CLOSE)
             # A tag that may follow, and line ends that it would swallow, wait.

@@ -58,6 +58,8 @@ def run(command: Generate) -> int:
     begun = time.perf_counter()
     model = options.load_model(command)
     clock = _Clock(begun, time.perf_counter())
+    if command.system is not None:
+        options.check_roles(model, command.format)
     asked = [_with_system(prompt, command.system) for prompt in prompts]
     if command.json or len(prompts) > 1:
         _all(command, model, prompts, asked, chosen, clock)

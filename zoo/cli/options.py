@@ -161,9 +161,19 @@ def load_model(options: Source) -> "Model":
     )
 
 
+def check_roles(model: "Model", format: str | None) -> None:
+    """Raises RequestError if the model, or the format asked for, has no roles."""
+    from deepzoo.zoo.prompt import format_of
+
+    if not format_of(model, format).chat:
+        raise RequestError(
+            f"{model.name} continues plain text and has no place for a system message; leave it out"
+        )
+
+
 def check_name(source: str) -> None:
     """Raises ConfigError with the nearest names if `source` is a name that nobody knows."""
-    if os.sep not in source and not os.path.lexists(Path(source).expanduser()):
+    if not source or (os.sep not in source and not os.path.lexists(Path(source).expanduser())):
         catalog.card(source)
 
 
