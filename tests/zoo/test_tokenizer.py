@@ -424,7 +424,8 @@ def test_no_merge_and_no_word_leads_to_control(whole_words: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "word"), [("hello", "h"), ("12 + 1234 =", "1234"), ("1 / 2", "/"), ("１ + 2", "１")]
+    ("text", "word"),
+    [("hello", "h"), ("12 + 1234 =", "1234"), ("1 / 2", "/"), ("\uff11", "\uff11")],
 )
 def test_a_vocabulary_of_words_names_the_word_it_lacks(text, word):
     tokenizer = Tokenizer.load(catalog.shipped_directory("v2-nano") or "")
