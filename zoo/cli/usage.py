@@ -58,9 +58,11 @@ def condense(text: str) -> str:
     """The argument parser's framed complaint as one line; what it is not known to say is kept."""
     lines = [_ANSI.sub("", line) for line in text.splitlines()]
     rows = [found[1] for line in lines if (found := _ROW.match(line))]
+    if len(lines) > 1 and set(lines[1].strip()) == {"-"}:  # where stdout is not UTF-8: no frame
+        rows = [line[2:].rstrip() for line in lines[2:]]
     parts: list[list[str]] = [[]]
     for row in rows:
-        if set(row) == {"─"}:
+        if set(row) in ({"─"}, {"-"}):
             parts.append([])
         else:
             parts[-1].append(row)
