@@ -46,7 +46,8 @@ class Piped:
         data = text.encode() if isinstance(text, str) else text
         self._monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
         status = main(["chat", *map(str, args)])
-        return status, *self._capsys.readouterr()
+        out, err = self._capsys.readouterr()
+        return status, out, err
 
 
 @pytest.fixture

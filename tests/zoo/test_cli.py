@@ -66,7 +66,8 @@ class Command:
         source = io.TextIOWrapper(io.BytesIO(stdin), "utf-8")
         self._monkeypatch.setattr(sys, "stdin", source)
         status = cli.main([str(arg) for arg in args])
-        return status, *self._capsys.readouterr()
+        out, err = self._capsys.readouterr()
+        return status, out, err
 
     def mistake(self, *args: object, stdin: bytes = b"", status: int = 2) -> str:
         """What the one line says after `deepzoo: `; nothing else may be printed."""
