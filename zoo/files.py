@@ -358,6 +358,14 @@ def _header(shard: Shard) -> dict[str, Entry]:
     the file. Their order and sizes therefore give every byte range, and no second parser is needed,
     not even for the float8 tensors that the library cannot hand to numpy.
     """
+    length = bytearray(8)
+    if shard.size >= 8:
+        shard.read(memoryview(length), 0)
+    if (claimed := int.from_bytes(length, "little")) > JSON_LIMIT:
+        raise WeightError(
+            f"{shard.path}: not a whole safetensors file (a header of {claimed} bytes, over the"
+            f" limit of {JSON_LIMIT >> 20} MB)"
+        )
     try:
         # Through the open descriptor: the path could by now name another file.
         with safe_open(f"/dev/fd/{shard.fd}", framework="numpy") as file:
@@ -369,6 +377,7 @@ def _header(shard: Shard) -> dict[str, Entry]:
         raise WeightError(
             f"{shard.path}: not a whole safetensors file ({_short(str(error))})"
         ) from error
+    _refuse_double_keys(shard)
     sizes = []
     for name, code, shape in listed:
         width = DTYPES[code].itemsize if code in DTYPES else _FOREIGN.get(code)
@@ -386,6 +395,28 @@ def _header(shard: Shard) -> dict[str, Entry]:
         entries[name] = Entry(shard, code, shape, position, position + size)
         position += size
     return entries
+
+
+def _refuse_double_keys(shard: Shard) -> None:
+    """The library takes the last of two entries with one name; the header is right otherwise."""
+    length = bytearray(8)
+    shard.read(memoryview(length), 0)
+    text = bytearray(int.from_bytes(length, "little"))
+    shard.read(memoryview(text), 8)
+
+    def unique(pairs: list[tuple[str, Any]]) -> None:
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise WeightError(f"{shard.path}: its header names {_short(name)} twice")
+            seen.add(name)
+
+    try:
+        json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise WeightError(
+            f"{shard.path}: not a whole safetensors file ({_short(str(error))})"
+        ) from error
 
 
 def _identity(fd: int) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from deepzoo.zoo import assemble, catalog, checkpoint, files, hub, names
 from deepzoo.zoo.config import Config
-from deepzoo.zoo.errors import ConfigError, WeightError
+from deepzoo.zoo.errors import ConfigError, RequestError, WeightError
 from deepzoo.zoo.progress import Progress, track
 from deepzoo.zoo.target import dtype_name, place, target_config
 from deepzoo.zoo.tokenizer import Tokenizer
@@ -67,6 +67,8 @@ def load(
         RequestError: an argument that cannot be served.
     """
     dtype = dtype_name(dtype)
+    if revision is not None and not download:
+        raise RequestError("revision is one of a hub repository; pass download=True, too")
     directory, name = _find(source, download, revision, progress)
     if os.path.lexists(directory / checkpoint.MANIFEST):
         model = checkpoint.load(

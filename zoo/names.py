@@ -65,6 +65,17 @@ def tensors(config: Config, *, stacked: bool = True) -> dict[str, Tensor]:
     return {t.name: t for t in _tensors(config, stacked)}
 
 
+def count(config: Config) -> int:
+    """How many tensors `tensors` lists; cheap even for a config that promises billions."""
+    layers = ((False, config.num_dense_layers), (True, config.num_moe_layers))
+    total = 2 + (not config.tie_word_embeddings)
+    for moe, number in (*layers, (True, config.num_nextn_predict_layers)):
+        if number:
+            parts = list(_parts(config, moe))
+            total += number * sum(config.n_routed_experts if p.expert else 1 for p in parts)
+    return total + 6 * config.num_nextn_predict_layers
+
+
 def leaves(config: Config, *, stacked: bool = True) -> dict[Path, Leaf]:
     """Every leaf of our parameter tree, by path, with the tensors that fill it in index order."""
     groups: dict[Path, list[Tensor]] = {}

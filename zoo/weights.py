@@ -33,6 +33,11 @@ def judge(checkpoint: Checkpoint, config: Config, *, mtp: bool = True) -> Config
             up to ten are named, with the count.
     """
     entries = dict(checkpoint.entries)
+    if (promised := names.count(config)) > 2 * len(entries) + 100_000:  # too many to list
+        raise WeightError(
+            f"{checkpoint.directory}: config.json promises {promised:,} tensors, but the files hold"
+            f" {len(entries):,}; one of them belongs to another model"
+        )
     wanted = names.tensors(config)
     if config.num_nextn_predict_layers:
         without = dataclasses.replace(config, num_nextn_predict_layers=0)
