@@ -1,15 +1,20 @@
-"""Pretraining of a V2 or V3 model, shown on arithmetic: `python -m deepzoo.recipes.pretrain --preset nano --out DIR`.
+"""Pretraining of a V2 or V3 model, shown on arithmetic.
+
+    python -m deepzoo.recipes.pretrain --preset nano --out DIR
 
 Papers: DeepSeek-V2 (arXiv 2405.04434), DeepSeek-V3 (arXiv 2412.19437).
 * next-token cross entropy, plus for V3 the multi-token prediction loss, V3 eq. 21-25;
-* V2: expert-level balance loss, eq. 23-25; V3: sequence-wise balance loss, eq. 17-20, and aux-loss-free biases, eq. 16.
+* V2: expert-level balance loss, eq. 23-25; V3: sequence-wise balance loss, eq. 17-20, and
+  aux-loss-free biases, eq. 16.
 
 Deviations:
-* V2's device-level and communication losses (eq. 26-31) and its token dropping (2.2.4) are left out: they even out the
-  traffic between devices, and there is one device here;
+* V2's device-level and communication losses (eq. 26-31) and its token dropping (2.2.4) are left
+  out: they even out the traffic between devices, and there is one device here;
 * Muon (arXiv 2502.16982) for the matrices instead of AdamW: clearly fewer steps at this size;
-* warm-up, constant, linear decay to 0, instead of V2's two steps down and V3's cosine; constant batch size;
-* packed documents do not see each other (the papers pack without a mask): verdicts of one would leak into the next;
+* warm-up, constant, linear decay to 0, instead of V2's two steps down and V3's cosine; constant
+  batch size;
+* packed documents do not see each other (the papers pack without a mask);
+* the numbers of a problem are random: they are read, but only the written-out steps are learned;
 * the balance loss takes a packed row for a "sequence".
 """
 
@@ -100,7 +105,8 @@ _V2 = Config(
     routed_scaling_factor=2.0,
 )
 _V3 = dataclasses.replace(
-    _V2, model_type="deepseek_v3", n_shared_experts=1, n_group=2, topk_group=1, topk_method="noaux_tc",
+    _V2, model_type="deepseek_v3", n_shared_experts=1, n_group=2, topk_group=1,
+    topk_method="noaux_tc",
     scoring_func="sigmoid", norm_topk_prob=True, num_nextn_predict_layers=1,
 )  # fmt: skip
 PRESETS = {
@@ -110,7 +116,7 @@ PRESETS = {
 
 
 def next_token(config: Config, *, balance: float = 0.0, mtp: float = 0.0) -> Loss:
-    """The pretraining loss over packed batches {"tokens", "segments"} int32 [B, T + 1]; see the head of this file."""
+    """The loss over batches {"tokens", "segments", "weights"} [B, T + 1]; see the file's head."""
 
     def loss(params, batch, key) -> Output:
         del key
@@ -153,9 +159,10 @@ def next_token(config: Config, *, balance: float = 0.0, mtp: float = 0.0) -> Los
 
 
 def shifted(batch: dict[str, jax.Array], ahead: int) -> tuple[jax.Array, jax.Array]:
-    """The token `ahead` places to the right of each of the first T positions, and its weight as a target.
+    """The token `ahead` places to the right of each of the first T, and its weight as a target.
 
-    Batch arrays [B, T + 1] -> int32 [B, T], float32 [B, T]; the weight is 0 in another document and beyond the row's end.
+    Batch arrays [B, T + 1] -> int32 [B, T], float32 [B, T]; the weight is 0 in another document
+    and beyond the row's end.
     """
     beyond = ((0, 0), (0, ahead - 1))
     target, weight = (jnp.pad(batch[k][:, ahead:], beyond) for k in ("tokens", "weights"))
@@ -164,9 +171,10 @@ def shifted(batch: dict[str, jax.Array], ahead: int) -> tuple[jax.Array, jax.Arr
 
 
 def balance_loss(config: Config, routing: Routing) -> jax.Array:
-    """V2 eq. 23-25, V3 eq. 17-20: sum over experts of f_i P_i, mean over sequences, sum over layers.
+    """V2 eq. 23-25, V3 eq. 17-20: f_i P_i summed over experts and layers, mean of sequences.
 
-    f_i: share of the choices that went to expert i, times the number of experts; P_i: its mean affinity, normalised.
+    f_i: share of the choices that went to expert i, times the number of experts; P_i: its mean
+    affinity, normalised.
     1 for each layer that is perfectly even.
 
     Args:
@@ -181,7 +189,9 @@ def balance_loss(config: Config, routing: Routing) -> jax.Array:
 
 def arithmetic(tokenizer: Tokenizer, recipe: Recipe) -> Callable[[int], dict[str, np.ndarray]]:
     """step -> batch of training problems with their steps; never a held-out one."""
-    bos, eos = [tokenizer.bos_id], [tokenizer.eos_ids[0]]
+    assert tokenizer.bos_id is not None
+    bos: list[int] = [tokenizer.bos_id]
+    eos = [tokenizer.eos_ids[0]]
 
     def tokenize(problem: str) -> tuple[list[int], int]:
         given, written = tokenizer.encode(problem + " ="), " = ".join(tasks.steps(problem))
@@ -195,7 +205,7 @@ def arithmetic(tokenizer: Tokenizer, recipe: Recipe) -> Callable[[int], dict[str
 
 
 def train(recipe: Recipe, out: Path) -> Model:
-    """Trains, writes `out`/metrics.jsonl and, in the published layout and in bfloat16, `out`/model."""
+    """Trains; writes `out`/metrics.jsonl and, in the published layout and bfloat16, `out`/model."""
     if (out / "model").exists():
         raise RequestError(f"{out / 'model'} exists; give another directory")
     out.mkdir(parents=True, exist_ok=True)

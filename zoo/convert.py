@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from deepzoo.kernels import block_fp8
+from deepzoo.kernels.block_fp8 import reference as block_fp8
 from deepzoo.zoo import atomic, catalog, checkpoint, files, names
 from deepzoo.zoo.config import Config, Quantization
 from deepzoo.zoo.errors import RequestError
@@ -174,21 +176,30 @@ def _stream(
 
 
 def _quantising(fetch: Fetch, config: Config) -> Fetch:
-    """Fetches tensors of the FP8 form of a model whose `fetch` and `config` have none."""
+    """Fetches, once each, tensors of the FP8 form of a model whose `fetch` and `config` have none.
+
+    Rounded by the NumPy reference: XLA may divide by 448 through its reciprocal, which moves scales
+    by a unit in the last place, and a file should not depend on the machine that wrote it.
+    """
     plain = names.tensors(config)
+    halves: dict[str, Future[np.ndarray]] = {}
+    lock = threading.Lock()
 
     def quantised(tensor: Tensor) -> np.ndarray:
-        if tensor.kind == "scale":
-            # A second pass over the weight, cheaper than keeping scales for whoever comes for them.
-            values = fetch(plain[tensor.name.removesuffix("_scale_inv")])
-            return np.asarray(_quantise(values, 1))
-        values = fetch(plain[tensor.name])
-        return np.asarray(_quantise(values, 0)) if tensor.kind == "linear" else values
+        if tensor.kind not in ("linear", "scale"):
+            return fetch(plain[tensor.name])
+        name, part = tensor.name.removesuffix("_scale_inv"), int(tensor.kind == "scale")
+        with lock:  # of a weight and its scales, whoever comes first leaves the other's half
+            first = name not in halves
+            other = halves.setdefault(name, Future()) if first else halves.pop(name)
+        if not first:
+            return other.result()
+        try:
+            both = block_fp8.quantize(fetch(plain[name]))
+        except BaseException as error:
+            other.set_exception(error)
+            raise
+        other.set_result(both[1 - part])
+        return both[part]
 
     return quantised
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _quantise(values: jax.Array, part: int) -> jax.Array:
-    """The FP8 weight (part 0) or its scales (part 1)."""
-    return block_fp8.quantize(values)[part]

@@ -11,7 +11,7 @@ from deepzoo.zoo.types import Model
 
 
 class Score(NamedTuple):
-    """right of total problems, the 95% interval of the share, right of all links, seconds, tokens written."""
+    """Right of total problems, 95% interval, share of right links, seconds, tokens written."""
 
     right: int
     total: int
@@ -27,7 +27,7 @@ class Score(NamedTuple):
 
 
 def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95% by default; sound near 0 and 1 too, where right +- z sd is not."""
+    """Wilson's score interval of a share, 95% by default; sound near 0 and 1, too."""
     share, spread = right / total, z * z / total
     centre = share + spread / 2
     half = z * math.sqrt(share * (1 - share) / total + spread / total / 4)
@@ -35,7 +35,7 @@ def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def evaluate(model: Model, count: int = 500, *, seed: int = 0, **sampling: Any) -> Score:
-    """The first `count` held-out problems of `seed`, answered by `zoo.generate(model, ..., **sampling)`."""
+    """The first `count` held-out problems of `seed`, answered by `zoo.generate(**sampling)`."""
     problems = list(itertools.islice(tasks.problems(seed, held=True), count))
     begin = time.perf_counter()
     completions = zoo.generate(

@@ -16,8 +16,9 @@ from deepzoo.recipes.parts.train import State
 class Log:
     """A hook for `fit`; use it as a context manager.
 
-    Every `every` steps one JSON object goes to `path`: step, loss, nll (of the next token), tokens, seconds, tokens_per_second,
-    norm, skipped, load (tokens of the busiest expert over the mean, worst layer), balance, mtp0 where there is one.
+    Every `every` steps one JSON object goes to `path`: step, loss, nll (of the next token),
+    tokens, seconds, tokens_per_second, norm, skipped, load (tokens of the busiest expert over the
+    mean, worst layer), balance, mtp0 where there is one.
     """
 
     def __init__(self, path: Path, steps: int, tokens_per_step: int, every: int = 10):
@@ -86,6 +87,6 @@ class Log:
 
 
 def imbalance(load: dict[str, Any]) -> float:
-    """Tokens of the busiest expert over the mean, in the worst layer; 1 is perfectly even, NaN without experts."""
+    """Tokens of the busiest expert over the mean, in the worst layer; NaN without experts."""
     layers = [np.asarray(stack, float) for stack in load.values()]
     return max((float((a.max(-1) / a.mean(-1)).max()) for a in layers), default=float("nan"))

@@ -11,13 +11,14 @@ def pack(
     """Fills rows with documents one after the other; the last of each row is cut off.
 
     Args:
-        documents: endless pairs of token ids and how many of the first ones are given: they are read, not learned.
+        documents: endless pairs of token ids and how many of the first ones are given: they are
+            read, not learned.
         rows: rows of the batch.
         length: positions the model sees; one more is stored, since targets lie one to the right.
 
     Returns:
-        Arrays [rows, length + 1]: "tokens" int32; "segments" int32, a document's number within its row; "weights"
-        float32, what each token counts as a target: 0 for given ones, else 1.
+        Arrays [rows, length + 1]: "tokens" int32; "segments" int32, a document's number within its
+        row; "weights" float32, what each token counts as a target: 0 for given ones, else 1.
     """
     tokens = np.zeros((rows, length + 1), np.int32)
     segments = np.zeros((rows, length + 1), np.int32)

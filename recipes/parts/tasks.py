@@ -1,18 +1,21 @@
-"""Arithmetic with written-out steps: problems without end, a tokenizer with one token per number, an exact verifier.
+"""Arithmetic with written-out steps: endless problems, one token a number, an exact verifier.
 
 A document is a chain of equal expressions, each one step closer to a single number:
 
     47 + 38 * 2 = 47 + 30 * 2 + 8 * 2 = 47 + 60 + 16 = 107 + 16 = 107 + 10 + 6 = 117 + 6 = 123
 
-One step does one of three things: split the factors of all products into tens and ones, work out all products, or
-work from the left through the sum, where a summand is split into hundreds, tens and ones before it is added. So the
-facts to learn are few (`a ± d·10^k` and the products of round numbers) and the rest is copying.
+One step does one of three things: split the factors of all products into tens and ones, work out
+all products, or work from the left through the sum, where a summand is split into hundreds, tens
+and ones before it is added. So the facts to learn are few (`a ± d·10^k` and the products of round
+numbers) and the rest is copying.
 
-Problems are told apart by their numbers, whatever their order and operators: `held_out` hashes the sorted numbers,
-training leaves those problems out, evaluation uses nothing else. Single steps are shared, as they must be.
+Problems are told apart by their numbers, whatever their order and operators: `held_out` hashes the
+sorted numbers, training leaves those problems out, evaluation uses nothing else. Single steps are
+shared, as they must be.
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -120,9 +123,10 @@ def _step(terms: Terms) -> Terms:
 
 
 def answer(completion: str) -> int | None:
-    """The answer in what was written behind `expression =`, or None if it is not a chain that ends in one number.
+    """The answer in what was written behind `expression =`, or None if no chain ends in a number.
 
-    Strict on purpose: ASCII digits, single spaces, no sign, no leading zero, nothing before or after.
+    Strict on purpose: ASCII digits, single spaces, no sign, no leading zero, nothing before or
+    after.
     """
     if not _CHAIN.fullmatch(completion):
         return None
@@ -136,15 +140,15 @@ def is_right(expression: str, completion: str) -> bool:
 
 
 def steps_right(expression: str, completion: str) -> tuple[int, int]:
-    """Of the links of a chain, how many have the value of the one before, and how many there are."""
+    """Of a chain's links, how many have the value of the one before, and how many there are."""
     if not _CHAIN.fullmatch(completion):
         return 0, 1
     values = [value(part) for part in (expression, *completion.split(" = "))]
-    return sum(a == b for a, b in zip(values, values[1:], strict=False)), len(values) - 1
+    return sum(a == b for a, b in itertools.pairwise(values)), len(values) - 1
 
 
 def held_out(expression: str) -> bool:
-    """Whether these numbers, in any order and with any operators, belong to evaluation (one problem in 20)."""
+    """Whether these numbers, in any order, with any operators, are for evaluation (one in 20)."""
     numbers = sorted(int(n) for n in re.findall(r"[0-9]+", expression, re.ASCII))
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest()
     return int.from_bytes(digest) % 20 == 0
@@ -188,9 +192,10 @@ def _draw(rng: np.random.Generator) -> str:
 
 
 def tokenizer_files(limit: int = LIMIT) -> dict[str, bytes]:
-    """`tokenizer.json` and `tokenizer_config.json`: one token per whole number up to `limit`, nothing unknown accepted.
+    """`tokenizer.json` and `tokenizer_config.json`: one token a number up to `limit`.
 
-    Whitespace is dropped before and a single space stands between tokens after, so `47+38=` and `47 + 38 =` are one text.
+    Whitespace is dropped before and a single space stands between tokens after, so `47+38=` and
+    `47 + 38 =` are one text.
     """
     words = [PAD, BOS, EOS, *OPERATORS, *map(str, range(limit + 1))]
     vocab = {word: index for index, word in enumerate(words)}
@@ -203,8 +208,11 @@ def tokenizer_files(limit: int = LIMIT) -> dict[str, bytes]:
         "invert": False,
     }
     tree = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, split]},
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special,
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, split],
+        },
         "post_processor": None, "decoder": None,
         # No such token: the library then refuses a word that is not in the vocabulary.
         "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},

@@ -1,8 +1,8 @@
 """The algebra of every recipe: a loss, a step made from it, and a for loop.
 
-A loss returns **sums and weights, not means**, so that micro-batches, devices and packed rows of any size add up to exactly
-the mean over all tokens. A step is pure. Randomness is `fold_in(key, step)`. Router biases are state of their own: the
-optimiser never sees them.
+A loss returns **sums and weights, not means**, so that micro-batches, devices and packed rows of
+any size add up to exactly the mean over all tokens. A step is pure. Randomness is `fold_in(key,
+step)`. Router biases are state of their own: the optimiser never sees them.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +20,8 @@ type Loss = Callable[[Params, Batch, jax.Array], "Output"]
 type Step = Callable[["State", Batch], tuple["State", dict[str, Any]]]
 type Hook = Callable[["State", dict[str, Any]], None]
 
-# Where the bias of V3's router (report eq. 16) lies in the parameters; in `State.bias` under the same first name.
+# Where the bias of V3's router (report eq. 16) lies in the parameters; in `State.bias` under the
+# same first name.
 _BIASES = {"moe": ("moe", "mlp", "gate"), "mtp": ("mtp", "block", "mlp", "gate")}
 _BIAS = "e_score_correction_bias"
 
@@ -30,7 +31,8 @@ class Output(NamedTuple):
 
     loss: float32 [], to be divided by `weight`.
     weight: float32 [], tokens (or whatever is counted) behind `loss`.
-    metrics: nested dict of sums. "load" holds the tokens each expert got, {"moe": int32 [L, E], "mtp": [N, E]}.
+    metrics: nested dict of sums. "load" holds the tokens each expert got, {"moe": int32 [L, E],
+        "mtp": [N, E]}.
     """
 
     loss: jax.Array
@@ -99,7 +101,7 @@ def _put(tree: Params, path: tuple[str, ...], leaf: Params) -> Params:
 
 
 def balanced(bias: jax.Array, load: jax.Array, rate: jax.Array) -> jax.Array:
-    """Auxiliary-loss-free balancing (V3 report, 2.1.2): down by `rate` where an expert got more than its share, else up.
+    """Auxiliary-loss-free balancing (V3 report, 2.1.2): an overloaded expert down, the others up.
 
     Args:
         bias: float32 [L, E].
@@ -120,8 +122,9 @@ def train_step(
 ) -> Step:
     """A pure function (state, batch) -> (state, metrics).
 
-    The gradient is tested **before** it is clipped (clipping by an infinite norm would make zeros of it, and by NaN spread it).
-    If it or the loss is not finite, parameters, biases and optimiser state stay as they were, bit by bit.
+    The gradient is tested **before** it is clipped (clipping by an infinite norm would make zeros
+    of it, and by NaN spread it). If it or the loss is not finite, parameters, biases and optimiser
+    state stay as they were, bit by bit.
 
     Args:
         loss: the loss.
@@ -154,7 +157,7 @@ def train_step(
             )
         weight = jnp.maximum(out.weight, 1e-9)  # a batch without a single token gives zeros
         gradient = jax.tree.map(lambda g: g / weight, gradient)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(out.loss)
         scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-9))
         updates, opt_state = tx.update(
@@ -189,7 +192,8 @@ def fit(
     """One step a batch, then every hook with the new state and the metrics.
 
     Raises:
-        NonFiniteError: `patience` batches in a row had no finite gradient; the state is the one before them.
+        NonFiniteError: `patience` batches in a row had no finite gradient; the state is the one
+            before them.
     """
     hooks = tuple(on)
     for batch in batches:
@@ -197,8 +201,8 @@ def fit(
         if (streak := int(state.streak)) >= patience:
             last = int(state.step) - streak
             raise NonFiniteError(
-                f"loss or gradient was not finite in {streak} batches in a row; the parameters are those after"
-                f" batch {last}: lower the learning rate, or look at batch {last}"
+                f"loss or gradient was not finite in {streak} batches in a row; the parameters are"
+                f" those after batch {last}: lower the learning rate, or look at batch {last}"
             )
         for hook in hooks:
             hook(state, metrics)
@@ -206,13 +210,15 @@ def fit(
 
 
 def optimizer(params: Params, rate: float, adam_rate: float, decay: float, shape: optax.Schedule):
-    """Muon (arXiv 2502.16982) for the matrices of the layers; AdamW for embedding, head, router and norms.
+    """Muon (arXiv 2502.16982) for the layers' matrices; AdamW for embedding, head, router, norms.
 
-    Each layer's and each expert's matrix is orthogonalised by itself. Weight decay is for the matrices only.
+    Each layer's and each expert's matrix is orthogonalised by itself. Weight decay is for the
+    matrices only.
 
     Args:
         params: for names and shapes; without the router biases.
-        rate: peak learning rate of Muon, 0 for AdamW throughout (with `decay` on the matrices then).
+        rate: peak learning rate of Muon, 0 for AdamW throughout (with `decay` on the matrices
+            then).
         adam_rate: of AdamW.
         decay: weight decay.
         shape: step -> factor of both rates.
@@ -242,7 +248,7 @@ def optimizer(params: Params, rate: float, adam_rate: float, decay: float, shape
 
 
 def warmup_constant_decay(steps: int, warmup: float, decay: float) -> optax.Schedule:
-    """Factor of the learning rate: linear from 0 over the first share `warmup`, 1, linear to 0 over the last share `decay`."""
+    """Factor of the rate: up over the first share `warmup`, 1, down to 0 over the last `decay`."""
 
     def factor(step):
         done = (step + 1) / steps

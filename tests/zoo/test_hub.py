@@ -11,8 +11,9 @@ from typing import Any
 
 import child
 import pytest
-from deepzoo import zoo
 from small_hub import Hub, small_hub
+
+from deepzoo import zoo
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOKENIZER = Path(__file__).parents[1] / "data" / "text" / "tokenizer"
