@@ -1,0 +1,121 @@
+"""Which form of an operation runs: chosen when a program is lowered, never by falling back silently.
+
+An operation has up to four forms: `xla` (every platform), `triton` (NVIDIA GPUs from sm_80 on),
+`mosaic` (Hopper, sm_90) and, as a baseline of others, `tokamax`. With `implementation="auto"` the
+traced program holds a branch for CUDA and one for everything else, and lowering keeps the one it
+needs: the same traced program lowers right for both. Within CUDA the first form that does not refuse
+is taken, by shapes, dtypes and the compute capability of the GPU that the program is traced for.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+
+Implementation = Literal["auto", "xla", "triton", "mosaic", "tokamax"]
+
+
+class UnsupportedError(ValueError):
+    """A form was asked for by name and cannot run these arguments; the message lists every reason."""
+
+
+class Form(NamedTuple):
+    """One implementation of an operation, for arguments that are already known.
+
+    run: arrays -> result. Imports its backend itself, so that CPUs never pay for it.
+    refusals: () -> every reason why it cannot run these arguments, in words; none if it can.
+    """
+
+    run: Callable[..., Any]
+    refusals: Callable[[], list[str]]
+
+
+def dispatch(
+    operation: str,
+    implementation: Implementation,
+    forms: Mapping[str, Form],
+    *arrays: Any,
+    interpret: bool = False,
+) -> Any:
+    """Runs `operation` on `arrays` in the form that `implementation` names.
+
+    Args:
+        operation: its name, for messages.
+        implementation: "auto" or one of `forms`.
+        forms: by name, best first for a GPU; must hold "xla", which refuses nothing.
+        arrays: traced arguments (pytrees), passed to the form's `run`.
+        interpret: whether the named form runs in Pallas's interpreter; then it lowers for any
+            platform. The form's `run` was built by the caller with the same flag.
+
+    Raises:
+        UnsupportedError: the named form cannot run these arguments, or there is no such form.
+    """
+    if implementation == "auto":
+        if interpret:
+            raise UnsupportedError(f"{operation}: interpret=True needs a named implementation")
+        gpu = next(name for name, form in forms.items() if name == "xla" or not form.refusals())
+        if gpu == "xla":
+            return forms["xla"].run(*arrays)
+        return jax.lax.platform_dependent(*arrays, cuda=forms[gpu].run, default=forms["xla"].run)
+    if implementation not in forms:
+        known = ", ".join(("auto", *forms))
+        more = "" if implementation in get_args(Implementation) else " (no implementation at all)"
+        raise UnsupportedError(
+            f"{operation} has no implementation {implementation!r}{more}; it has {known}"
+        )
+    form = forms[implementation]
+    if reasons := form.refusals():
+        raise UnsupportedError(
+            f"{operation}: implementation={implementation!r} cannot run this: {'; '.join(reasons)}"
+        )
+    if implementation == "xla" or interpret:
+        return form.run(*arrays)
+    # One branch: a platform without it is refused while lowering, and named by JAX.
+    return jax.lax.platform_dependent(*arrays, cuda=form.run)
+
+
+# Compute capability by the name of a device that JAX describes without one (an AbstractDevice).
+_BY_KIND = {"H100": (9, 0), "H200": (9, 0), "H800": (9, 0), "H20": (9, 0), "GH200": (9, 0)}
+_BY_KIND |= {"A100": (8, 0), "B200": (10, 0), "GB200": (10, 0)}
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """(major, minor) of the NVIDIA GPU that this program is traced for, or None if none is known.
+
+    It is the default device's (`jax.default_device`, also a device of a compile-only topology), the
+    ambient abstract mesh's, or the first GPU's, in this order.
+    """
+    device = jax.config.jax_default_device
+    if device is None:
+        abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+        if abstract is not None:
+            words = str(abstract.device_kind).replace("-", " ").split()
+            return next((_BY_KIND[word] for word in words if word in _BY_KIND), None)
+        if jax.default_backend() != "gpu":
+            return None
+        device = jax.devices()[0]
+    text = getattr(device, "compute_capability", None)
+    if text is None:
+        return None
+    major, minor = str(text).split(".")
+    return int(major), int(minor)
+
+
+def hopper_only() -> list[str]:
+    """The refusal of a Mosaic form that uses Hopper's tensor cores (wgmma), if it applies here.
+
+    A program that is traced for no GPU in particular is refused too: it might meet another one.
+    """
+    found = compute_capability()
+    if found == (9, 0):
+        return []
+    name = "no GPU is known" if found is None else f"this one is sm_{found[0]}{found[1]}"
+    return [f"needs a Hopper GPU (sm_90), {name}"]
+
+
+def ampere_or_newer() -> list[str]:
+    """The refusal of a Triton form on a GPU older than sm_80; an unknown GPU is not refused."""
+    found = compute_capability()
+    if found is None or found >= (8, 0):
+        return []
+    return [f"needs sm_80 or newer, this GPU is sm_{found[0]}{found[1]}"]
