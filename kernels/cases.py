@@ -14,10 +14,10 @@ class Case(NamedTuple):
 
     operation: the folder's name.
     name: what a person reads, e.g. "V2-Lite, batch 128, 4096 tokens, 16 heads, bf16".
-    forms: implementations worth compiling and timing at this shape, e.g. ("mosaic", "triton", "xla").
+    forms: implementations worth compiling and timing here, e.g. ("mosaic", "triton", "xla").
     bind: implementation -> function of the arrays, through the operation's public entry.
-    inputs: seed -> arrays with realistic values (ragged lengths, shuffled pages, uneven groups).
-        Called under `jax.eval_shape` where only shapes are needed, so it uses jax.random alone.
+    inputs: seed -> arrays with realistic values (ragged lengths, shuffled pages, uneven
+        groups). Called under `jax.eval_shape` where only shapes are needed, so it uses jax.random alone.
     flops: multiply-adds times two that the result needs.
     bytes: that must cross device memory once.
     reference: arrays as NumPy -> expected outputs in float64, a subset of rows if all would take

@@ -1,22 +1,24 @@
-"""Which form of an operation runs: chosen when a program is lowered, never by falling back silently.
+"""Which form of an operation runs: chosen when a program is lowered; no silent fallback.
 
 An operation has up to four forms: `xla` (every platform), `triton` (NVIDIA GPUs from sm_80 on),
 `mosaic` (Hopper, sm_90) and, as a baseline of others, `tokamax`. With `implementation="auto"` the
 traced program holds a branch for CUDA and one for everything else, and lowering keeps the one it
-needs: the same traced program lowers right for both. Within CUDA the first form that does not refuse
-is taken, by shapes, dtypes and the compute capability of the GPU that the program is traced for.
+needs: the same traced program lowers right for both. Within CUDA the first form that does not
+refuse is taken, by shapes, dtypes and the compute capability of the GPU the program is traced for.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 Implementation = Literal["auto", "xla", "triton", "mosaic", "tokamax"]
 
 
 class UnsupportedError(ValueError):
-    """A form was asked for by name and cannot run these arguments; the message lists every reason."""
+    """A form was asked for by name and cannot run here; the message lists every reason."""
 
 
 class Form(NamedTuple):
@@ -70,8 +72,49 @@ def dispatch(
         )
     if implementation == "xla" or interpret:
         return form.run(*arrays)
-    # One branch: a platform without it is refused while lowering, and named by JAX.
-    return jax.lax.platform_dependent(*arrays, cuda=form.run)
+    return jax.lax.platform_dependent(
+        *arrays, cuda=form.run, default=_refuse_to_lower(operation, implementation, form.run)
+    )
+
+
+_refuse_p = Primitive("refuse_to_lower")
+_refuse_p.multiple_results = True
+
+
+def _refuse_to_lower(operation: str, implementation: str, run: Callable[..., Any]):
+    """A stand-in for `run` with its result's shapes, which raises as soon as it is lowered."""
+    message = (
+        f"{operation}: implementation={implementation!r} runs on NVIDIA GPUs only; 'auto' and"
+        " 'xla' run everywhere, and interpret=True runs the kernel in Pallas's interpreter"
+    )
+
+    def stand_in(*arrays: Any) -> Any:
+        out, tree = jax.tree.flatten(jax.eval_shape(run, *arrays))
+        shapes = tuple((a.shape, a.dtype) for a in out)
+        return tree.unflatten(
+            _refuse_p.bind(*jax.tree.leaves(arrays), message=message, shapes=shapes)
+        )
+
+    return stand_in
+
+
+@_refuse_p.def_abstract_eval
+def _refuse_abstract(*_: Any, message: str, shapes: tuple) -> list:
+    return [jax.core.ShapedArray(shape, dtype) for shape, dtype in shapes]
+
+
+def _refuse_lowering(_context: Any, *_: Any, message: str, shapes: tuple) -> None:
+    raise UnsupportedError(message)
+
+
+def _refuse_batched(arrays: Any, axes: Any, *, message: str, shapes: tuple) -> tuple:
+    size = next(a.shape[d] for a, d in zip(arrays, axes, strict=True) if d is not None)
+    wider = tuple(((size, *shape), dtype) for shape, dtype in shapes)
+    return _refuse_p.bind(*arrays, message=message, shapes=wider), [0] * len(shapes)
+
+
+mlir.register_lowering(_refuse_p, _refuse_lowering)
+batching.primitive_batchers[_refuse_p] = _refuse_batched
 
 
 # Compute capability by the name of a device that JAX describes without one (an AbstractDevice).
