@@ -17,7 +17,8 @@ class Case(NamedTuple):
     forms: implementations worth compiling and timing here, e.g. ("mosaic", "triton", "xla").
     bind: implementation -> function of the arrays, through the operation's public entry.
     inputs: seed -> arrays with realistic values (ragged lengths, shuffled pages, uneven
-        groups). Called under `jax.eval_shape` where only shapes are needed, so it uses jax.random alone.
+        groups). Called under `jax.eval_shape` where only shapes are needed, so it uses jax.random
+        alone.
     flops: multiply-adds times two that the result needs.
     bytes: that must cross device memory once.
     reference: arrays as NumPy -> expected outputs in float64, a subset of rows if all would take

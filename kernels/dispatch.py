@@ -103,7 +103,7 @@ def _refuse_abstract(*_: Any, message: str, shapes: tuple) -> list:
     return [jax.core.ShapedArray(shape, dtype) for shape, dtype in shapes]
 
 
-def _refuse_lowering(_context: Any, *_: Any, message: str, shapes: tuple) -> None:
+def _refuse_lowering(_context: Any, *_: Any, message: str, shapes: tuple) -> Any:
     raise UnsupportedError(message)
 
 
