@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -100,7 +101,7 @@ def _refuse_to_lower(operation: str, implementation: str, run: Callable[..., Any
 
 @_refuse_p.def_abstract_eval
 def _refuse_abstract(*_: Any, message: str, shapes: tuple) -> list:
-    return [jax.core.ShapedArray(shape, dtype) for shape, dtype in shapes]
+    return [ShapedArray(shape, dtype) for shape, dtype in shapes]
 
 
 def _refuse_lowering(_context: Any, *_: Any, message: str, shapes: tuple) -> Any:
