@@ -8,6 +8,7 @@ parts over other keys can be merged exactly.
 B batch  T query  S key  H heads  N nope  R rope  V value
 """
 
-from deepzoo.kernels.mla_prefill.xla import merge, mla_prefill
+from deepzoo.kernels.mla_prefill.api import mla_prefill
+from deepzoo.kernels.mla_prefill.merge import merge
 
 __all__ = ["merge", "mla_prefill"]
