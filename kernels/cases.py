@@ -3,7 +3,9 @@
 Each operation's folder lists its own in `cases.py`, as `CASES`.
 """
 
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +28,7 @@ class Case(NamedTuple):
     outputs: result -> the part that `reference` returns.
     fp8: whether the floor is that of FP8 arithmetic.
     reach, least: seconds on one H200 that are aimed at, and at least to be had; None if not set.
+    temp: bytes of scratch memory that a form may take; None for twice the inputs and outputs.
     """
 
     operation: str
@@ -40,7 +43,23 @@ class Case(NamedTuple):
     fp8: bool = False
     reach: float | None = None
     least: float | None = None
+    temp: float | None = None
 
     def abstract(self) -> tuple[Any, ...]:
         """Shapes and dtypes of the inputs, without making them."""
         return jax.eval_shape(lambda: self.inputs(0))
+
+
+def operations() -> tuple[str, ...]:
+    """The operations that list cases, by their folders."""
+    return tuple(sorted(p.parent.name for p in Path(__file__).parent.glob("*/cases.py")))
+
+
+def module(operation: str) -> str:
+    """Import path of an operation's cases."""
+    return f"deepzoo.kernels.{operation}.cases"
+
+
+def cases(operation: str) -> tuple[Case, ...]:
+    """The cases of one operation."""
+    return importlib.import_module(module(operation)).CASES
