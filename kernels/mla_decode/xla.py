@@ -2,6 +2,7 @@
 sequence ends.
 
 B batch  T query  S cache capacity  H heads  C latent  R rope  W width of a result
+P pages of the pool  L tokens a page  N pages a row
 """
 
 from collections.abc import Callable
@@ -18,6 +19,9 @@ def attend_blocks(
     lengths: jax.Array,
     capacity: int,
     shape: tuple[int, int, int, int],
+    *,
+    pages: jax.Array | None = None,
+    page_size: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention over a cache of `capacity` entries, a block at a time (arXiv 1805.02867's
     running maximum).
@@ -26,19 +30,23 @@ def attend_blocks(
     holds.
 
     Args:
-        score: takes a function that cuts the current block out of a cache array [B, S, ...],
-            returns float32 [B, H, T, s].
+        score: takes a function that cuts the current block out of a cache array [B, S, ...] (or
+            out of a pool [P, L, ...], with `pages`), returns float32 [B, H, T, s].
         mix: takes weights float32 [B, H, T, s] and such a function, which also zeroes entries
             nobody sees; returns float32 [B, H, T, W].
         lengths: int32 [B, T], entries visible to each query.
-        capacity: S.
+        capacity: S, or N * L with `pages`.
         shape: (B, T, H, W).
+        pages: int32 [B, N], the pool's page that holds entries n * L to n * L + L - 1 of a row;
+            entries of the table that no query of the row needs are not followed.
+        page_size: L.
 
     Returns:
         float32 [B, T, H, W] and log-sum-exp float32 [B, T, H]; 0 and -inf where nothing is visible.
     """
     batch, queries, heads, width = shape
-    block = min(_BLOCK, capacity)
+    # Whole pages to a block; not more of them than there are.
+    block = min(max(_BLOCK // page_size, 1) * page_size, capacity)
     row_end = lengths.max(axis=1)
 
     def step(index, carry):
@@ -49,7 +57,15 @@ def attend_blocks(
         visible = fresh & (position < lengths[..., None])
 
         def cut(a):
-            return jax.lax.dynamic_slice_in_dim(a, first, block, axis=1)
+            if pages is None:
+                return jax.lax.dynamic_slice_in_dim(a, first, block, axis=1)
+            count = block // page_size
+            at = first // page_size
+            entries = jax.lax.dynamic_slice_in_dim(pages, at, count, axis=1)
+            held = (at + jnp.arange(count)) * page_size < row_end[:, None]
+            # What the table says behind a row's end is nobody's promise: page 0 stands in.
+            part = a[jnp.where(held, entries, 0)]
+            return part.reshape(batch, block, *a.shape[2:])
 
         def cut_clean(a):
             part = cut(a)
@@ -85,36 +101,34 @@ def mla_decode(
     latent: jax.Array,
     k_rope: jax.Array,
     lengths: jax.Array,
+    pages: jax.Array | None = None,
+    latent_scale: jax.Array | None = None,
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Absorbed attention of one or a few queries a row over the latent cache.
-
-    Args:
-        q_latent: [B, T, H, C], queries with the key up-projection folded in.
-        q_rope: [B, T, H, R], rotated.
-        latent: [B, S, C], the normalised latents.
-        k_rope: [B, S, R], rotated.
-        lengths: int32 [B] or [B, T], cache entries visible to each query.
-        scale: softmax scale.
-
-    Returns:
-        Mixed latents [B, T, H, C] in q_latent's dtype and log-sum-exp float32 [B, T, H].
-    """
+    """Arguments and results as of `api.mla_decode`, with lengths int32 [B, T]."""
     batch, queries, heads, width = q_latent.shape
-    lengths = jnp.broadcast_to(lengths.reshape(batch, -1), (batch, queries))
+    capacity = latent.shape[1] if pages is None else pages.shape[1] * latent.shape[1]
+
+    def widened(part):
+        # An 8-bit latent is exact in the query's type; its scale stays outside of the products.
+        return part if latent_scale is None else part.astype(q_latent.dtype)
 
     def score(cut):
         both = jnp.einsum(
-            "bthc,bsc->bhts", q_latent, cut(latent), preferred_element_type=jnp.float32
+            "bthc,bsc->bhts", q_latent, widened(cut(latent)), preferred_element_type=jnp.float32
         )
+        if latent_scale is not None:
+            both *= cut(latent_scale)[:, None, None]
         both += jnp.einsum(
             "bthr,bsr->bhts", q_rope, cut(k_rope), preferred_element_type=jnp.float32
         )
         return both * scale
 
     def mix(weight, cut):
-        values = cut(latent)
+        values = widened(cut(latent))
+        if latent_scale is not None:
+            weight = weight * cut(latent_scale)[:, None, None]
         # Written out, since XLA:CPU has no bfloat16 product for the layout that einsum picks here.
         rows = weight.astype(values.dtype).reshape(batch, heads * queries, -1)
         out = jax.lax.dot_general(
@@ -122,5 +136,13 @@ def mla_decode(
         )
         return out.reshape(batch, heads, queries, width)
 
-    out, lse = attend_blocks(score, mix, lengths, latent.shape[1], (batch, queries, heads, width))
+    out, lse = attend_blocks(
+        score,
+        mix,
+        lengths,
+        capacity,
+        (batch, queries, heads, width),
+        pages=pages,
+        page_size=1 if pages is None else latent.shape[1],
+    )
     return out.astype(q_latent.dtype), lse
