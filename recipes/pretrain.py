@@ -1,6 +1,6 @@
 """Pretraining of a V2 or V3 model, shown on arithmetic.
 
-    python -m deepzoo.recipes.pretrain --preset nano --out DIR
+    deepzoo train pretrain --preset nano --out DIR
 
 Papers: DeepSeek-V2 (arXiv 2405.04434), DeepSeek-V3 (arXiv 2412.19437).
 * next-token cross entropy, plus for V3 the multi-token prediction loss, V3 eq. 21-25;
@@ -21,36 +21,28 @@ Deviations:
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
+import optax
 
 from deepzoo import zoo
 from deepzoo.kernels.linear_cross_entropy import linear_cross_entropy
 from deepzoo.kernels.router import Routing, expert_counts
 from deepzoo.recipes.parts import tasks
+from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.evaluate import evaluate
-from deepzoo.recipes.parts.log import Log
+from deepzoo.recipes.parts.flops import flops_per_token
+from deepzoo.recipes.parts.main import main
+from deepzoo.recipes.parts.optim import adamw, muon
 from deepzoo.recipes.parts.packing import pack
-from deepzoo.recipes.parts.train import (
-    Loss,
-    Output,
-    fit,
-    optimizer,
-    split_bias,
-    start,
-    train_step,
-    warmup_constant_decay,
-    with_bias,
-)
+from deepzoo.recipes.parts.run import Options, Run
+from deepzoo.recipes.parts.schedules import scaled, warmup_constant_decay
+from deepzoo.recipes.parts.step import Loss, Mean, Output, Step, start, train_step
 from deepzoo.zoo.config import Config
-from deepzoo.zoo.errors import DeepzooError, RequestError
 from deepzoo.zoo.save import save_hf
 from deepzoo.zoo.tokenizer import Tokenizer
 from deepzoo.zoo.types import Model
@@ -61,19 +53,41 @@ class Recipe:
     """One run: the model and how it is trained. Shares are of all steps."""
 
     config: Config
+    """The model."""
     steps: int = 2000
+    """Batches."""
     rows: int = 8
+    """Rows of a batch."""
     length: int = 256
+    """Tokens of a row."""
+    accumulate: int = 1
+    """Micro-batches of a batch; its rows are cut into so many parts, which need less memory."""
     rate: float = 0.02
+    """Peak learning rate of Muon; 0 for AdamW throughout."""
     adam_rate: float = 3e-3
+    """Peak learning rate of AdamW."""
     weight_decay: float = 0.01
+    """Of the matrices."""
     warmup: float = 0.05
+    """Share of the steps in which the rates rise."""
     decay: float = 0.3
+    """Share of the steps in which they fall to 0."""
     clip: float = 1.0
-    balance: float = 0.003  # alpha_1 of V2, alpha of V3
-    bias_rate: float = 0.0  # gamma of V3, 0 for the last tenth
-    mtp: float = 0.0  # lambda of V3
+    """Largest norm of the gradient."""
+    balance: float = 0.003
+    """alpha_1 of V2, alpha of V3."""
+    bias_rate: float = 0.0
+    """gamma of V3, 0 for the last tenth of the steps."""
+    mtp: float = 0.0
+    """lambda of V3."""
+    evaluate_every: int = 0
+    """Steps between evaluations on held-out problems; 0 for one at the end."""
+    problems: int = 500
+    """Held-out problems of an evaluation."""
+    sample_every: int = 200
+    """Steps between samples of text; 0 for none."""
     seed: int = 0
+    """Of the initial values and of the data."""
 
 
 _V2 = Config(
@@ -145,15 +159,17 @@ def next_token(config: Config, *, balance: float = 0.0, mtp: float = 0.0) -> Los
             )
             hidden, routing = deep.hidden, jax.tree.map(lambda a: a[None], deep.routing)
             far, far_weight = cross_entropy(hidden, 2 + depth)
-            # eq. 24-25: the mean over depths of each depth's mean over tokens
-            extra += mtp / config.num_nextn_predict_layers * far / jnp.maximum(far_weight, 1)
-            metrics |= {f"mtp{depth}": far, f"mtp{depth}_weight": far_weight}
+            # eq. 24-25: the mean over depths; each is divided by the tokens of the main loss
+            extra += mtp / config.num_nextn_predict_layers * far
+            metrics[f"mtp{depth}"] = Mean(far, far_weight)
             routings.append(routing)
             counts = expert_counts(routing.indices, config.n_routed_experts)[None]
             load["mtp"] = jnp.concatenate([load["mtp"], counts]) if "mtp" in load else counts
-        uneven = sum((balance_loss(config, r) for r in routings), jnp.zeros(()))
-        metrics |= {"balance": uneven * weight, "load": load}
-        return Output(nll + (extra + balance * uneven) * weight, weight, metrics)
+        # each row counts as much as it has tokens to learn, so that micro-batches add up exactly
+        share = shifted(batch, 1)[1].sum(axis=-1)
+        uneven = sum((balance_loss(config, r) @ share for r in routings), jnp.zeros(()))
+        metrics |= {"balance": uneven, "load": load}
+        return Output(nll + extra + balance * uneven, weight, metrics)
 
     return loss
 
@@ -171,7 +187,7 @@ def shifted(batch: dict[str, jax.Array], ahead: int) -> tuple[jax.Array, jax.Arr
 
 
 def balance_loss(config: Config, routing: Routing) -> jax.Array:
-    """V2 eq. 23-25, V3 eq. 17-20: f_i P_i summed over experts and layers, mean of sequences.
+    """V2 eq. 23-25, V3 eq. 17-20: f_i P_i summed over experts and layers, float32 [B].
 
     f_i: share of the choices that went to expert i, times the number of experts; P_i: its mean
     affinity, normalised.
@@ -184,7 +200,7 @@ def balance_loss(config: Config, routing: Routing) -> jax.Array:
     experts = config.n_routed_experts
     chosen = jax.nn.one_hot(routing.indices, experts).mean(axis=(2, 3)) * experts
     scores = routing.scores / routing.scores.sum(axis=-1, keepdims=True)
-    return (chosen * scores.mean(axis=2)).sum(axis=-1).mean(axis=-1).sum()
+    return (chosen * scores.mean(axis=2)).sum(axis=-1).sum(axis=0)
 
 
 def arithmetic(tokenizer: Tokenizer, recipe: Recipe) -> Callable[[int], dict[str, np.ndarray]]:
@@ -204,45 +220,80 @@ def arithmetic(tokenizer: Tokenizer, recipe: Recipe) -> Callable[[int], dict[str
     return make
 
 
-def train(recipe: Recipe, out: Path) -> Model:
-    """Trains; writes `out`/metrics.jsonl and, in the published layout and bfloat16, `out`/model."""
-    if (out / "model").exists():
-        raise RequestError(f"{out / 'model'} exists; give another directory")
-    out.mkdir(parents=True, exist_ok=True)
+def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
+    """Trains; writes `out`/model in the published layout and bfloat16, and returns it.
+
+    Called again for the same directory, it goes on from the newest checkpoint.
+    """
     config = recipe.config
     tokenizer = Tokenizer(tasks.tokenizer_files(), config)
-    params = zoo.init(config, jax.random.key(recipe.seed))
-    shape = warmup_constant_decay(recipe.steps, recipe.warmup, recipe.decay)
-    rates = recipe.rate, recipe.adam_rate, recipe.weight_decay
-    tx = optimizer(split_bias(params)[0], *rates, shape)
+    step, tx = learner(recipe)
+    with Run(out, recipe, options, model=config, tokenizer=tokenizer) as run:
+
+        def initial():
+            return start(zoo.init(config, jax.random.key(recipe.seed)), tx, recipe.seed)
+
+        def held_out(state):
+            score = evaluate(trained(state), recipe.problems, temperature=0.0)
+            return {"held_out": score.right / score.total, "held_out_steps": score.steps}
+
+        def sample(state):
+            problem = next(tasks.problems(recipe.seed, int(state.step), held=True))
+            made = zoo.generate(trained(state), [f"{problem} ="], raw=True, max_tokens=96)
+            return {"sample": f"{problem} = {made[0].text}"}
+
+        def trained(state):
+            return Model(config, with_bias(state.params, state.bias), tokenizer)
+
+        state = run.fit(
+            jax.jit(step, donate_argnums=0),
+            run.state(initial),
+            arithmetic(tokenizer, recipe),
+            recipe.steps,
+            on=[
+                run.every(recipe.evaluate_every, held_out, last=True),
+                run.every(recipe.sample_every, sample),
+            ],
+            tokens=recipe.rows * recipe.length,
+            flops=flops_per_token(config, recipe.length, mtp=bool(recipe.mtp)),
+        )
+        path = run.product("model", lambda path: export(trained(state), path))
+    return zoo.load(path, dtype="float32")
+
+
+def learner(recipe: Recipe) -> tuple[Step, optax.GradientTransformation]:
+    """The step and its optimiser."""
+    shape, _ = split_bias(zoo.abstract(recipe.config))
+    factor = warmup_constant_decay(recipe.steps, recipe.warmup, recipe.decay)
+    rate, adam_rate = scaled(recipe.rate, factor), scaled(recipe.adam_rate, factor)
+    if recipe.rate:
+        tx = muon(shape, rate, adam_rate, decay=recipe.weight_decay)
+    else:
+        tx = adamw(shape, adam_rate, decay=recipe.weight_decay)
     step = train_step(
-        next_token(config, balance=recipe.balance, mtp=recipe.mtp),
+        next_token(recipe.config, balance=recipe.balance, mtp=recipe.mtp),
         tx,
+        recipe.accumulate,
         clip=recipe.clip,
         bias_rate=lambda at: jnp.where(at < 0.9 * recipe.steps, recipe.bias_rate, 0.0),
     )
-    batch = arithmetic(tokenizer, recipe)
-    with Log(out / "metrics.jsonl", recipe.steps, recipe.rows * recipe.length) as log:
-        state = fit(
-            jax.jit(step, donate_argnums=0),
-            start(params, tx, recipe.seed),
-            map(batch, range(recipe.steps)),
-            on=[log],
-        )
-    final = dataclasses.replace(config, dtype="bfloat16")
-    params = with_bias(state.params, state.bias)
-    params = jax.tree.map(lambda a, like: a.astype(like.dtype), params, zoo.abstract(final))
-    save_hf(Model(final, params, tokenizer), out / "model")
+    return step, tx
+
+
+def export(model: Model, path: Path) -> None:
+    """The model in the published layout and bfloat16, answering greedily unless told otherwise."""
+    final = dataclasses.replace(model.config, dtype="bfloat16")
+    cast = jax.tree.map(lambda a, like: a.astype(like.dtype), model.params, zoo.abstract(final))
+    save_hf(Model(final, cast, model.tokenizer), path)
     greedy = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
+        "bos_token_id": final.bos_token_id,
+        "eos_token_id": final.eos_token_id,
         "do_sample": False,
     }
-    (out / "model" / "generation_config.json").write_text(json.dumps(greedy, indent=2) + "\n")
-    return zoo.load(out / "model", dtype="float32")
+    (path / "generation_config.json").write_text(json.dumps(greedy, indent=2) + "\n")
 
 
-def report(model: Model, count: int) -> str:
+def report(model: Model, count: int = 500) -> str:
     """Greedy and sampled accuracy on held-out problems."""
     greedy = evaluate(model, count, temperature=0.0)
     sampled = evaluate(model, count, temperature=1.0, top_p=1.0)
@@ -252,45 +303,8 @@ def report(model: Model, count: int) -> str:
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Pretrain a small model on arithmetic, or evaluate one.
-
-    Example: python -m deepzoo.recipes.pretrain --preset nano --out runs/v2-nano
-    """
-
-    preset: Literal["nano", "v3_nano"] = "nano"
-    out: Path | None = None
-    """Directory to write: metrics.jsonl and model/."""
-    steps: int | None = None
-    """Instead of the preset's."""
-    seed: int | None = None
-    """Instead of the preset's."""
-    evaluate: str | None = None
-    """A trained model (name or directory): print its accuracy instead of training."""
-    problems: int = 500
-    """Held-out problems to evaluate on."""
-
-
-def main(arguments: Arguments) -> None:
-    """Trains or evaluates, and prints the accuracy on held-out problems."""
-    if arguments.evaluate is not None:
-        print(report(zoo.load(arguments.evaluate, dtype="float32"), arguments.problems))
-        return
-    if arguments.out is None:
-        raise RequestError("--out DIR says where to write; or --evaluate MODEL")
-    given = {k: v for k in ("steps", "seed") if (v := getattr(arguments, k)) is not None}
-    recipe = dataclasses.replace(PRESETS[arguments.preset], **given)
-    wall, cpu = time.perf_counter(), time.process_time()
-    model = train(recipe, arguments.out)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    tokens = recipe.steps * recipe.rows * recipe.length
-    print(f"{tokens:,} tokens in {wall / 60:.1f} minutes ({cpu / 60:.1f} minutes of CPU time)")
-    print(report(model, arguments.problems))
-
-
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Arguments))
-    except DeepzooError as error:
-        sys.exit(f"deepzoo: {error}")
+    if sys.argv[1:2] == ["--evaluate"] and len(sys.argv) == 3:  # a trained model, instead
+        print(report(zoo.load(sys.argv[2], dtype="float32")))
+    else:
+        main(train, PRESETS, __doc__)

@@ -2,7 +2,7 @@
 
 Only the module of the command that was asked for is imported, so that help and mistakes answer at
 once. A module `deepzoo.zoo.cli.<name>` holds one frozen dataclass, `<Name>`, whose fields are the
-options, and `run(command) -> int`.
+options, and `run(command) -> int`; if its options depend on its arguments, `parse(args)` as well.
 """
 
 import difflib
@@ -10,7 +10,7 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from deepzoo.zoo.cli import usage
@@ -22,6 +22,8 @@ COMMANDS = {
     "generate": "Answer prompts.",
     "chat": "Talk to a model.",
     "convert": "Write a checkpoint in the other layout or in another dtype.",
+    "recipes": "List, show or copy the training recipes.",
+    "train": "Run a training recipe, or go on with one.",
     "bench": "Measure speed on this machine.",
 }
 
@@ -35,8 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     141 the reader of stdout went away.
     """
     _spell_what_the_terminal_cannot()
+    return guarded(lambda: _dispatch(list(sys.argv[1:] if argv is None else argv)))
+
+
+def guarded(call: Callable[[], int]) -> int:
+    """The status that `call` returns; what it raises becomes one line on stderr and a status."""
     try:
-        status = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        status = call()
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -80,7 +87,10 @@ def _dispatch(args: list[str]) -> int:
         raise usage.UsageError(f"no {what} is called {name!r}; {hint}")
     module = import_module(f"deepzoo.zoo.cli.{name}")
     try:
-        command = usage.parse(getattr(module, name.capitalize()), name, rest)
+        if hasattr(module, "parse"):
+            command = module.parse(rest)
+        else:
+            command = usage.parse(getattr(module, name.capitalize()), name, rest)
     except SystemExit:  # after help
         return 0
     return module.run(command)

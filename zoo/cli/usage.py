@@ -18,8 +18,14 @@ class UsageError(DeepzooError):
     """A command line that names no command, or that its command cannot take."""
 
 
-def parse(kind: type, name: str, args: Sequence[str]) -> Any:
+def parse(kind: type, name: str, args: Sequence[str], *, program: str | None = None) -> Any:
     """An instance of the command's dataclass `kind` from its arguments.
+
+    Args:
+        kind: the dataclass.
+        name: of the command.
+        args: what was written behind it.
+        program: what help calls the command, `deepzoo <name>` by default.
 
     Raises:
         SystemExit: 0, after help.
@@ -27,18 +33,19 @@ def parse(kind: type, name: str, args: Sequence[str]) -> Any:
     """
     import tyro
 
+    program = program or f"deepzoo {name}"
     _refuse_values_of_switches(kind, args)
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            markers = (tyro.conf.FlagCreatePairsOff,)
-            return tyro.cli(kind, prog=f"deepzoo {name}", args=list(args), config=markers)
+            markers = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
+            return tyro.cli(kind, prog=program, args=list(args), config=markers)
     except SystemExit as end:
         if not end.code:
             raise
         what = condense(told.getvalue())
         end = " " if what.endswith("?") else "; "
-        raise UsageError(f"{what}{end}`deepzoo {name} --help` tells the options") from None
+        raise UsageError(f"{what}{end}`{program} --help` tells the options") from None
 
 
 def _refuse_values_of_switches(kind: type, args: Sequence[str]) -> None:

@@ -1,0 +1,338 @@
+"""The directory of a run: who may write it, what it trains, how far it is, how to go on.
+
+    recipe.json       the settings; going on with others is refused
+    metrics.jsonl     one JSON object a line: metrics, evaluations, samples of text
+    tensorboard/      the same for TensorBoard
+    checkpoints/      the newest states, see `checkpoint`
+    .lock             held, with the owner's process id, while a process writes here
+
+Kill the process at any instant and start it again with the same command: it goes on from the newest
+whole checkpoint, and ends with the same bits and the same metrics as if nothing had happened.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from deepzoo.recipes.parts import checkpoint
+from deepzoo.recipes.parts.fit import Hook, fit
+from deepzoo.recipes.parts.log import Log
+from deepzoo.recipes.parts.memory import estimate
+from deepzoo.recipes.parts.settings import differences, plain
+from deepzoo.recipes.parts.step import Batch, Metrics, State, Step
+from deepzoo.zoo.config import Config
+from deepzoo.zoo.errors import CheckpointError, RequestError
+
+if TYPE_CHECKING:
+    from deepzoo.zoo.tokenizer import Tokenizer
+
+# Settings of a recipe that a run may go on with after they were changed: they say how long and how
+# often, not what is learned. Everything in `Options` may change, too.
+MAY_CHANGE = frozenset({"steps", "evaluate_every", "sample_every"})
+
+_SETTINGS, _LOCK, _CHECKPOINTS = "recipe.json", ".lock", "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """How a run is kept and watched; the same for every recipe, and free to change on resuming."""
+
+    save_every: int = 1000
+    """Steps between checkpoints; 0 for none but the last."""
+    save_minutes: float = 10.0
+    """Minutes after which a checkpoint is saved, however few steps were done; 0 for never."""
+    keep: int = 2
+    """The newest checkpoints that are kept."""
+    on_full: Literal["stop", "continue"] = "stop"
+    """What to do when a checkpoint cannot be written."""
+    log_every: int = 10
+    """Steps between rows of metrics.jsonl."""
+    tensorboard: bool = True
+    """Write event files for TensorBoard, too."""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+
+class Run:
+    """A run's directory, locked while the `with` block lasts.
+
+        with Run(out, recipe, options, model=config, tokenizer=tokenizer) as run:
+            state = run.state(lambda: start(params, tx, recipe.seed))
+            state = run.fit(jax.jit(step, donate_argnums=0), state, batch, recipe.steps)
+            run.product("model", lambda path: save_hf(..., path))
+
+    Attributes:
+        out: the directory.
+        log: where rows go; `log.note(step, name=value)` adds one.
+        missed: checkpoints that could not be written.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        recipe: Any,
+        options: Options | None = None,
+        *,
+        model: Config | None = None,
+        tokenizer: "Tokenizer | None" = None,
+        facts: Mapping[str, Any] | None = None,
+    ):
+        """
+        Args:
+            out: the directory; made if it does not exist.
+            recipe: the settings, a dataclass of plain values.
+            options: how it is kept and watched.
+            model: config that describes `params` with the biases; a checkpoint is then a model
+                that `zoo.load` reads.
+            tokenizer: saved with the model.
+            facts: further values that must be the same on resuming, such as the fingerprint of a
+                frozen model or a data set.
+        """
+        self.out, self.options = Path(out).expanduser().resolve(), options or Options()
+        self.missed = 0
+        self._told = {"recipe": type(recipe).__module__, "settings": plain(recipe)}
+        self._told |= {"facts": plain(facts or {})}
+        self._model, self._tokenizer = model, tokenizer
+        self._folder = self.out / _CHECKPOINTS
+        self._ending = False
+        self._saved: int | None = None
+        self._steps = 0
+        self._saved_at = time.monotonic()
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        """Locks the directory and compares the settings with those it was begun with.
+
+        Raises:
+            RequestError: somebody else uses it, it holds something else, or the settings differ.
+        """
+        self._made = not self.out.exists()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.out)
+        try:
+            self._compare()
+            checkpoint.remove_leftovers(self._folder)
+            checkpoint.remove_leftovers(self.out)
+            options = self.options
+            self.log = Log(
+                self.out, every=options.log_every, tensorboard=options.tensorboard,
+                quiet=options.quiet,
+            )  # fmt: skip
+        except BaseException:
+            os.close(self._lock)
+            raise
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._terminate)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+        self.log.close()
+        os.close(self._lock)
+
+    def say(self, line: str) -> None:
+        """One line for the person who watches."""
+        if not self.options.quiet:
+            self.log.print(line)
+
+    def state(self, make: Callable[[], State]) -> State:
+        """The newest whole checkpoint's state, placed as `make()` is; `make()` without one.
+
+        Raises:
+            CheckpointError: every checkpoint is damaged, or the parameters are not finite.
+        """
+        state = make()
+        if checkpoint.saved(self._folder):
+            like = checkpoint.abstract(state)
+            del state  # there is never room for two
+            found = checkpoint.newest(self._folder, like, self.say)
+            assert found is not None
+            state = found
+            self._saved = int(state.step)
+            self.say(f"going on from step {self._saved}")
+        checkpoint.check_finite(state.params, self.out)
+        self.log.go_on(int(state.step))
+        return state
+
+    def fit(
+        self,
+        step: Step,
+        state: State,
+        batch: Callable[[int], Batch],
+        steps: int,
+        *,
+        on: Iterable[Hook] = (),
+        tokens: int | Callable[[int], float] = 0,
+        flops: float = 0.0,
+        patience: int = 3,
+    ) -> State:
+        """`fit` with the log before the hooks `on`, and checkpoints after them.
+
+        Args:
+            step: see `fit`; of a jitted one the memory is estimated and printed.
+            state: see `fit`.
+            batch: see `fit`.
+            steps: see `fit`.
+            on: hooks, such as `run.every(100, evaluate)`.
+            tokens: tokens of a step; or step -> tokens of all steps before it.
+            flops: floating-point operations of the model per token, for the utilisation.
+            patience: see `fit`.
+
+        Raises:
+            SystemExit: 0, after SIGTERM, once the step is finished and saved.
+            CheckpointError: a checkpoint could not be written and `on_full` is "stop".
+            NonFiniteError: see `fit`.
+        """
+        at, self._steps = int(state.step), steps
+        if at < steps:
+            if hasattr(step, "lower"):
+                self.say(estimate(step, state, batch(at)))
+            counted = tokens if callable(tokens) else lambda done: float(done * tokens)
+            with self.log.watch(at, steps, counted, flops):
+                state = fit(
+                    step, state, batch, steps, [self.log, *on, self._keep], patience=patience
+                )
+        if int(state.step) != self._saved:
+            self.save(state)
+        return state
+
+    def every(
+        self, steps: int, look: Callable[[State], Mapping[str, Any] | None], *, last: bool = False
+    ) -> Hook:
+        """A hook that calls `look(state)` and logs what it returns: numbers and texts by name.
+
+        Args:
+            steps: between calls; 0 for none.
+            look: must not keep the state: the next step may donate it.
+            last: call it after the last step, too.
+        """
+
+        def hook(state: State, metrics: Metrics) -> None:
+            del metrics
+            at = int(state.step)
+            if (steps and at % steps == 0) or (last and at == self._steps):
+                self.log.note(at, **(look(state) or {}))
+
+        return hook
+
+    def save(self, state: State) -> None:
+        """Writes a checkpoint and deletes the oldest.
+
+        Raises:
+            CheckpointError: the disk is full, and `on_full` is "stop"; with path, bytes needed
+                and free. Checkpoints that were there stay.
+        """
+        self.log.flush()
+        try:
+            checkpoint.save_state(self._folder, state, self._described(), finish=self._finish)
+        except CheckpointError as error:
+            left = checkpoint.saved(self._folder)
+            kept = f"{left[-1].name} stays the newest" if left else "there is no older one"
+            if self.options.on_full == "stop":
+                raise CheckpointError(f"{error}; {kept}") from None
+            self.missed += 1
+            self.log.missed = self.missed
+            self.say(f"not saved, {self.missed} so far: {error}; {kept}")
+        else:
+            self._saved = int(state.step)
+            checkpoint.prune(self._folder, self.options.keep)
+        self._saved_at = time.monotonic()
+
+    def product(self, name: str, write: Callable[[Path], Any]) -> Path:
+        """Writes what the run is for, such as a model, to `out`/`name`; replaces an older one."""
+        path = self.out / name
+        new, old = (self.out / f".{name}.{end}" for end in ("partial", "deleting"))
+        shutil.rmtree(new, ignore_errors=True)
+        write(new)
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+        return path
+
+    def _keep(self, state: State, metrics: Metrics) -> None:
+        del metrics
+        options, at = self.options, int(state.step)
+        late = time.monotonic() - self._saved_at > options.save_minutes * 60 > 0
+        due = options.save_every and at % options.save_every == 0
+        # Nothing is saved in a streak of bad batches: its end is not known yet.
+        if self._ending or ((due or late) and not int(state.streak)):
+            self.save(state)
+        if self._ending:
+            self.say(f"SIGTERM: stopped after step {at}; the same command goes on from there")
+            raise SystemExit(0)
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self._ending:  # the second time: at once; what is half written is not visible
+            os._exit(128 + signal.SIGTERM)
+        self._ending = True
+
+    def _compare(self) -> None:
+        path = self.out / _SETTINGS
+        now = json.loads(json.dumps(self._told))
+        if not path.exists():
+            partial = path.with_suffix(".tmp")
+            ours = (_LOCK, partial.name)
+            if others := sorted(p.name for p in self.out.iterdir() if p.name not in ours):
+                raise RequestError(
+                    f"{self.out}: holds {', '.join(others[:3])}, but no run; give a new directory"
+                )
+            now["versions"] = {name: version(name) for name in ("deepzoo", "jax", "optax")}
+            partial.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+            return
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            parts = {k: (before[k], now[k]) for k in ("settings", "facts")}
+            found = {k: v for old, new in parts.values() for k, v in differences(old, new).items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise RequestError(f"{path}: is damaged; give a new directory") from None
+        was, ours = before.get("recipe"), now["recipe"]
+        if was != ours and "__main__" not in (was, ours):  # a copied file is __main__
+            raise RequestError(f"{self.out}: is a run of {was}, not of {ours}")
+        told = [f"{k}: {v}" for k, v in found.items() if k.partition(".")[0] not in MAY_CHANGE]
+        if told:
+            more = f"; and {len(told) - 10} more" if len(told) > 10 else ""
+            raise RequestError(
+                f"{self.out}: was begun with other settings ({'; '.join(told[:10])}{more}); take"
+                " those, or give a new directory"
+            )
+
+    def _described(self) -> dict[str, Any]:
+        extra: dict[str, Any] = {"run": self._told}
+        if self._model is not None:
+            model = self._model
+            extra["model"] = {"config": model.to_hf(), "norm_dtype": model.norm_dtype}
+        return extra
+
+    def _finish(self, path: Path) -> None:
+        if self._tokenizer is not None:
+            self._tokenizer.save(path)
+
+
+def _lock(out: Path) -> int:
+    """Takes the directory for this process; the system gives it back however the process ends."""
+    fd = os.open(out / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise RequestError(
+            f"{out}: in use by process {owner}; wait for it, or give another directory"
+        ) from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
