@@ -50,7 +50,15 @@ def rows_of_a_tile(rows: int, groups: int) -> int:
 
 
 def for_rows(
-    rows: int, groups: int, columns: int, depth: int, dtype, *, quantised: bool, halves: bool
+    rows: int,
+    groups: int,
+    columns: int,
+    depth: int,
+    dtype,
+    *,
+    quantised: bool,
+    halves: bool,
+    capability: tuple[int, int] | None,
 ) -> Tile:
     """The Triton tile of rows times matrices.
 
@@ -60,39 +68,57 @@ def for_rows(
         quantised: whether the matrices are float8 with block scales: then a step is one block of
             128 deep, and the tile's columns lie within one.
         halves: whether two products are made side by side (SwiGLU), each half as wide.
+        capability: of the GPU; None is taken for the least of them.
     """
-    tall = rows_of_a_tile(rows, groups)
-    if jnp.dtype(dtype).itemsize == 4:  # no tensor cores for float32: registers decide
-        tile = Tile(min(tall, 32), 64, 32, 4, 2)
-    elif quantised:
-        tile = Tile(tall, 128, 128, 4 if tall <= 32 else 8, 3, tall <= 32)
-        if tall <= 32:
-            tile = tile._replace(columns=64 if not halves else 128)
-    elif tall <= 32:
+    tall, size, large = rows_of_a_tile(rows, groups), jnp.dtype(dtype).itemsize, _large(capability)
+    few = tall <= 32
+    if size == 4:  # no tensor cores for float32: registers decide
+        tile = Tile(min(tall, 32), 64, 128 if quantised else 32, 4, 1 if quantised else 2)
+    elif few:
         tile = Tile(tall, 128 if halves else 64, 128, 4, 4, True)
+    elif quantised:
+        # Before Hopper the dequantised operand lives in registers: larger tiles spill.
+        tile = Tile(tall, 128, 128, 8, 3) if large else Tile(64, 64, 128, 4, 3)
     else:
-        tile = Tile(tall, 256, 64, 8, 4)
-    if quantised and tile.depth != 128:
-        tile = tile._replace(depth=128, stages=1)
+        deep = 64 if _shared(capability) > 160_000 else 32
+        tile = Tile(tall, 256 if large else 128, deep, 8, 4)
+    bytes_of_a_step = tile.depth * (tile.rows * size + tile.columns * (1 if quantised else size))
+    stages = max(2, (_shared(capability) - 4096) // bytes_of_a_step)
     wide = tile.columns // 2 if halves else tile.columns
     return tile._replace(
         columns=min(wide, _power_above(columns)),
         depth=tile.depth if quantised else min(tile.depth, _power_above(depth)),
+        stages=min(tile.stages, stages),
     )
 
 
-def for_matrices(rows: int, groups: int, left: int, right: int, dtype) -> Tile:
+def for_matrices(
+    rows: int, groups: int, left: int, right: int, dtype, *, capability: tuple[int, int] | None
+) -> Tile:
     """The Triton tile of the gradient to the matrices: `rows` x `columns` of one [left, right]
     matrix, `depth` rows of the group in a step."""
     if jnp.dtype(dtype).itemsize == 4:
         tile = Tile(64, 64, 32, 4, 2)
     elif rows / groups <= 16:  # decode-sized batches: writing the matrices is all there is
         tile = Tile(64, 128, 16, 4, 2)
-    else:
+    elif _large(capability):
         tile = Tile(128, 256, 64 if rows / groups > 96 else 32, 8, 4)
+    else:
+        tile = Tile(128, 128, 32, 8, 4)
     return tile._replace(
         rows=min(tile.rows, _power_above(left)), columns=min(tile.columns, _power_above(right))
     )
+
+
+def _shared(capability: tuple[int, int] | None) -> int:
+    """Bytes of shared memory that a block may take."""
+    return {(8, 0): 166912, (9, 0): 232448, (10, 0): 232448}.get(capability or (0, 0), 101376)
+
+
+def _large(capability: tuple[int, int] | None) -> bool:
+    """Whether tensor cores take their operands from shared memory (Hopper and data-centre
+    Blackwell): then a block of 256 threads can hold 128 x 256 sums."""
+    return capability in ((9, 0), (10, 0))
 
 
 def _power_above(width: int) -> int:

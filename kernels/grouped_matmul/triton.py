@@ -194,12 +194,14 @@ def _rows(
     if rows == 0:
         return (jnp.zeros((0, columns), dtype),) * outputs
     quantised = scales[0] is not None
+    capability = compute_capability()
     tile = tile or tiles.for_rows(
-        rows, groups, columns, depth, dtype, quantised=quantised, halves=halves
-    )
+        rows, groups, columns, depth, dtype,
+        quantised=quantised, halves=halves, capability=capability,
+    )  # fmt: skip
     arrays = [group_sizes, *xs]
     for w in ws:
-        native = (compute_capability() or (0, 0)) >= (8, 9)
+        native = (capability or (0, 0)) >= (8, 9)
         if w.dtype == jnp.float8_e4m3fn and not native:
             w = jax.lax.bitcast_convert_type(w, jnp.int8)
         arrays.append(w)
@@ -277,7 +279,9 @@ def group_outer(
     shape = (groups, left.shape[1], right.shape[1])
     if rows == 0:
         return jnp.zeros(shape, dtype)
-    tile = tile or tiles.for_matrices(rows, groups, *shape[1:], left.dtype)
+    tile = tile or tiles.for_matrices(
+        rows, groups, *shape[1:], left.dtype, capability=compute_capability()
+    )
 
     def kernel(*refs):
         _outer_kernel(*refs, tile=tile, groups=groups)
