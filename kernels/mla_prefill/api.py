@@ -69,6 +69,7 @@ def mla_prefill(
             padding).
         k_segments: int32 [B, S]; given with q_segments.
         q_offset: index of the first query among the keys; a Python int, or int32 scalar or [B].
+            Keys that no query sees must be finite all the same.
         implementation: the form, see `deepzoo.kernels.dispatch`.
         interpret: run the named form in Pallas's interpreter, on any platform.
 
@@ -135,8 +136,12 @@ def _attend(q_nope, q_rope, k_nope, k_rope, v, q_segments, k_segments, offset, o
     arrays = (q_nope, q_rope, k_nope, k_rope, v, q_segments, k_segments)
     forms = {
         "mosaic": Form(
-            lambda *a: _mosaic(options).forward(*a[:7], **_keywords(a[7], options)),
+            lambda *a: _mosaic().forward(*a[:7], **_keywords(a[7], options)),
             lambda: _mosaic_refusals(arrays, offset, options, backward=False),
+        ),
+        "triton": Form(
+            lambda *a: _triton().forward(*a[:7], **_keywords(a[7], options)),
+            lambda: _triton().refusals(*arrays, **_keywords(offset, options)),
         ),
         "xla": Form(lambda *a: xla.forward(*a[:7], **_keywords(a[7], options)), list),
     }
@@ -156,10 +161,12 @@ def _attend_bwd(options, saved, gradients):
     arrays, offset, results = saved[:7], saved[7], saved[8:]
     forms = {
         "mosaic": Form(
-            lambda *a: _mosaic(options, backward=True).backward(
-                *a[:11], **_keywords(a[11], options)
-            ),
+            lambda *a: _mosaic(backward=True).backward(*a[:11], **_keywords(a[11], options)),
             lambda: _mosaic_refusals(arrays, offset, options, backward=True),
+        ),
+        "triton": Form(
+            lambda *a: _triton(backward=True).backward(*a[:11], **_keywords(a[11], options)),
+            lambda: _triton().refusals(*arrays, **_keywords(offset, options)),
         ),
         "xla": Form(lambda *a: xla.backward(*a[:11], **_keywords(a[11], options)), list),
     }
@@ -181,8 +188,20 @@ def _keywords(offset: jax.Array | None, options: _Static) -> dict:
     return {"scale": options.scale, "q_offset": q_offset, "interpret": options.interpret}
 
 
-def _mosaic(options: _Static, *, backward: bool = False):
-    # Imported where it is used: the import alone takes seconds, which CPUs never need to spend.
+# The GPU forms are imported where they are used: Pallas takes its time.
+
+
+def _triton(*, backward: bool = False):
+    if backward:
+        from deepzoo.kernels.mla_prefill import triton_backward
+
+        return triton_backward
+    from deepzoo.kernels.mla_prefill import triton
+
+    return triton
+
+
+def _mosaic(*, backward: bool = False):
     if backward:
         from deepzoo.kernels.mla_prefill import mosaic_backward
 
@@ -193,8 +212,7 @@ def _mosaic(options: _Static, *, backward: bool = False):
 
 
 def _mosaic_refusals(arrays, offset, options: _Static, *, backward: bool) -> list[str]:
-    reasons = [] if options.interpret else hopper_only()
-    if reasons and options.implementation == "auto":
+    # Asked first whether there is a Hopper GPU at all, which spares everybody else the import.
+    if not options.interpret and (reasons := hopper_only()):
         return reasons
-    more = _mosaic(options, backward=backward).refusals(*arrays, **_keywords(offset, options))
-    return reasons + more
+    return _mosaic(backward=backward).refusals(*arrays, **_keywords(offset, options))
