@@ -124,7 +124,9 @@ def _load(ref, rows, columns, keep):
     if keep is None:
         return plt.load(_at(ref, rows, columns))
     mask = jnp.broadcast_to(keep, (rows.shape[0], columns.shape[0]))
-    return plt.load(_at(ref, rows, columns), mask=mask, other=0)
+    # An integer zero cannot become a float8 in Triton.
+    other = jnp.zeros(mask.shape, jnp.float32).astype(ref.dtype)
+    return plt.load(_at(ref, rows, columns), mask=mask, other=other)
 
 
 def _kernel(*refs, tile: Tile, shape, transposed, quantised, product_dtype):
