@@ -208,7 +208,7 @@ def _attend(*refs, heads: int, scale: float, tiles: Tiles, splits: int, paged: b
 
 def _combine(out_ref, lse_ref, mixed_ref, total_ref, *, chunk: int):
     """One row of one sequence: Z parts of C numbers, `chunk` parts at a time."""
-    splits, rows, width = out_ref.shape[1:]
+    splits, _, width = out_ref.shape[1:]
     columns = pl.next_power_of_2(width)
     row, batch = pl.program_id(0), pl.program_id(1)
     every = _padded(columns, width)
