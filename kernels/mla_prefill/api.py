@@ -17,16 +17,17 @@ The forward pass keeps out and lse, the backward pass recomputes the probabiliti
 B batch  T query  S key  H heads  N nope  R rope  V value
 """
 
+import importlib
 import operator
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from deepzoo.kernels.dispatch import Form, Implementation, dispatch, hopper_only
-from deepzoo.kernels.mla_prefill import xla
+from deepzoo.kernels.dispatch import Form, Implementation, ampere_or_newer, dispatch, hopper_only
 
 
 class _Static(NamedTuple):
@@ -134,17 +135,7 @@ def _split_offset(q_offset, batch: int) -> tuple[int | None, jax.Array | None]:
 @partial(jax.custom_vjp, nondiff_argnums=(8,))
 def _attend(q_nope, q_rope, k_nope, k_rope, v, q_segments, k_segments, offset, options):
     arrays = (q_nope, q_rope, k_nope, k_rope, v, q_segments, k_segments)
-    forms = {
-        "mosaic": Form(
-            lambda *a: _mosaic().forward(*a[:7], **_keywords(a[7], options)),
-            lambda: _mosaic_refusals(arrays, offset, options, backward=False),
-        ),
-        "triton": Form(
-            lambda *a: _triton().forward(*a[:7], **_keywords(a[7], options)),
-            lambda: _triton().refusals(*arrays, **_keywords(offset, options)),
-        ),
-        "xla": Form(lambda *a: xla.forward(*a[:7], **_keywords(a[7], options)), list),
-    }
+    forms = _forms("forward", arrays, offset, options)
     return dispatch(
         "mla_prefill", options.implementation, forms, *arrays, offset, interpret=options.interpret
     )
@@ -159,17 +150,7 @@ def _attend_fwd(q_nope, q_rope, k_nope, k_rope, v, q_segments, k_segments, offse
 
 def _attend_bwd(options, saved, gradients):
     arrays, offset, results = saved[:7], saved[7], saved[8:]
-    forms = {
-        "mosaic": Form(
-            lambda *a: _mosaic(backward=True).backward(*a[:11], **_keywords(a[11], options)),
-            lambda: _mosaic_refusals(arrays, offset, options, backward=True),
-        ),
-        "triton": Form(
-            lambda *a: _triton(backward=True).backward(*a[:11], **_keywords(a[11], options)),
-            lambda: _triton().refusals(*arrays, **_keywords(offset, options)),
-        ),
-        "xla": Form(lambda *a: xla.backward(*a[:11], **_keywords(a[11], options)), list),
-    }
+    forms = _forms("backward", arrays, offset, options)
     d_arrays = dispatch(
         "mla_prefill backward", options.implementation, forms, *arrays, *results, *gradients,
         offset, interpret=options.interpret,
@@ -183,36 +164,33 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 _jitted = jax.jit(_attend, static_argnums=8)
 
 
-def _keywords(offset: jax.Array | None, options: _Static) -> dict:
-    q_offset = options.q_offset if offset is None else offset
-    return {"scale": options.scale, "q_offset": q_offset, "interpret": options.interpret}
+def _forms(direction: str, arrays, offset, options: _Static) -> dict[str, Form]:
+    """The forms of "forward" or "backward", best first for a GPU; `auto` never goes past xla."""
 
+    def keywords(offset) -> dict[str, Any]:
+        q_offset = options.q_offset if offset is None else offset
+        return {"scale": options.scale, "q_offset": q_offset, "interpret": options.interpret}
 
-# The GPU forms are imported where they are used: Pallas takes its time.
+    def form(file: str, refuser: str | None, first: Callable[[], list[str]] = list) -> Form:
+        # Imported where it is used: Pallas takes its time, which CPUs need not spend.
+        def module(name: str) -> Any:
+            return importlib.import_module(f"deepzoo.kernels.mla_prefill.{name}")
 
+        def run(*a: Any) -> Any:
+            return getattr(module(file), direction)(*a[:-1], **keywords(a[-1]))
 
-def _triton(*, backward: bool = False):
-    if backward:
-        from deepzoo.kernels.mla_prefill import triton_backward
+        def refusals() -> list[str]:
+            if refuser is None:
+                return []
+            # A GPU of the wrong kind is reason enough, and spares the import.
+            gpu = [] if options.interpret else first()
+            return gpu or module(refuser).refusals(*arrays, **keywords(offset))
 
-        return triton_backward
-    from deepzoo.kernels.mla_prefill import triton
+        return Form(run, refusals)
 
-    return triton
-
-
-def _mosaic(*, backward: bool = False):
-    if backward:
-        from deepzoo.kernels.mla_prefill import mosaic_backward
-
-        return mosaic_backward
-    from deepzoo.kernels.mla_prefill import mosaic
-
-    return mosaic
-
-
-def _mosaic_refusals(arrays, offset, options: _Static, *, backward: bool) -> list[str]:
-    # Asked first whether there is a Hopper GPU at all, which spares everybody else the import.
-    if not options.interpret and (reasons := hopper_only()):
-        return reasons
-    return _mosaic(backward=backward).refusals(*arrays, **_keywords(offset, options))
+    suffix = "" if direction == "forward" else "_backward"
+    return {
+        "mosaic": form(f"mosaic{suffix}", f"mosaic{suffix}", hopper_only),
+        "triton": form(f"triton{suffix}", "triton", ampere_or_newer),
+        "xla": form("xla", None),
+    }

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from deepzoo.kernels.dispatch import ampere_or_newer, compute_capability
+from deepzoo.kernels.dispatch import compute_capability
 
 LOG2_E = math.log2(math.e)
 # Starts the running maximum: finite, so that a row without any visible key has exp2(-inf - it) = 0.
@@ -45,9 +45,9 @@ class Setting(NamedTuple):
 def refusals(
     q_nope, q_rope, k_nope, k_rope, v, q_segments, k_segments, *, scale, q_offset, interpret
 ) -> list[str]:
-    """Every reason why neither kernel can run these arguments."""
-    del q_segments, k_segments, q_offset
-    reasons = [] if interpret else ampere_or_newer()
+    """Every reason why neither kernel can run these arguments on a GPU that can run any."""
+    del q_segments, k_segments, q_offset, interpret
+    reasons = []
     dtypes = {str(a.dtype) for a in (q_nope, q_rope, k_nope, k_rope, v)}
     if len(dtypes) > 1 or dtypes - set(_DTYPES):
         reasons.append(f"needs one dtype of {', '.join(_DTYPES)}, got {', '.join(sorted(dtypes))}")

@@ -50,8 +50,8 @@ def backward(
     def call(kernel, tile, owner, own, walked, out_shape):
         ranges = None
         if q_segments is not None:
-            marks = segments if owner == "queries" else segments[::-1]
-            ranges = block_ranges(*marks, own, walked)
+            mine, others = segments if owner == "queries" else segments[::-1]
+            ranges = block_ranges(mine, others, own, walked)
         return pl.pallas_call(
             partial(kernel, setting=Setting(scale, static, tile, interpret)),
             grid=(heads, pl.cdiv(queries if owner == "queries" else keys, own), batch),
@@ -191,7 +191,8 @@ def _keys_kernel(
 def _tiles(dtype: Any, width: int) -> tuple[Tile, Tile]:
     """For the gradients of the queries, and of keys and values."""
     if jnp.dtype(dtype).itemsize > 2:  # exact products, without tensor cores
-        return (Tile(32, 32, 4, 1) if width <= 64 else Tile(16, 16, 4, 1),) * 2
+        tile = Tile(32, 32, 4, 1) if width <= 64 else Tile(16, 16, 4, 1)
+        return tile, tile
     major = (compute_capability() or (8, 0))[0]
     if major == 9:
         return Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)
