@@ -68,8 +68,14 @@ def mosaic_shared(lowered: Any) -> int | None:
                 sizes.append(int(ir.IntegerAttr(constant).value))
         return ir.WalkResult.ADVANCE
 
+    if not blobs:
+        return None
+    from jax.experimental.mosaic.gpu import core
+
     for blob in blobs:
         context = mlir.make_ir_context()
+        core.dialect.register_dialect(context)
+        context.load_all_available_dialects()
         context.allow_unregistered_dialects = True
         with context, ir.Location.unknown():
             ir.Module.parse(blob).operation.walk(launch)
@@ -109,6 +115,8 @@ def written(hlo: str) -> tuple[int, str] | None:
         match = _RESULT.match(line)
         if inside or not match or match["op"] in _NOT_WRITTEN or (entry and match["root"]):
             continue
+        if match["op"].endswith("-start"):  # its result repeats its operands; -done has the rest
+            continue
         for kind, dimensions in _SHAPE.findall(match["shape"]):
             size = array_bytes(kind, dimensions)
             if best is None or size > best[0]:
@@ -134,7 +142,7 @@ def run(job: aot.Job, log: Any) -> aot.Report:
             return report._replace(error=f"{job.module} has no case {job.case!r}")
         report = report._replace(operation=case.operation)
         lowered, compiled, lower, compile_ = compile_case(case, job.form, job.target)
-        hlo = compiled.as_text()
+        hlo, shared = compiled.as_text(), mosaic_shared(lowered)
     except UnsupportedError as error:
         return report._replace(error=_line(error), refused=True)
     except Exception as error:  # whatever a compiler raises is this job's result
@@ -144,14 +152,13 @@ def run(job: aot.Job, log: Any) -> aot.Report:
             file.write(hlo)
     said = log()
     calls = Counter(re.findall(r'custom_call_target="([^"]+)"', hlo))
-    shared = [mosaic_shared(lowered) if MOSAIC in calls else None]
-    shared.append(aot.triton_shared(said) if TRITON in calls else None)
+    both = (shared, aot.triton_shared(said) if TRITON in calls else None)
     memory = compiled.memory_analysis()
     return report._replace(
         lower=lower,
         compile=compile_,
         kernels=aot.kernels(said, pallas_names(hlo)),
-        shared=max((s for s in shared if s is not None), default=None),
+        shared=max((s for s in both if s is not None), default=None),
         temp=memory.temp_size_in_bytes,
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,

@@ -50,6 +50,34 @@ def outer(x: jax.Array, y: jax.Array) -> jax.Array:
     return products.sum(axis=-1)
 
 
+def product_of_group(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [M, K] times w[0] [N, K] transposed, by a kernel that is given all of w [E, N, K]."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plt
+
+    def product_kernel(x_ref, w_ref, out_ref):
+        out_ref[...] = plt.dot(x_ref[...], w_ref[0].T).astype(out_ref.dtype)
+
+    return pl.pallas_call(
+        product_kernel,
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        name="product_kernel",
+    )(x, w)
+
+
+def scanned(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Layers [L, E, N, K] one after another by a scan over the first axis."""
+    return jax.lax.scan(lambda x, w: (product_of_group(x, w), None), x, w)[0]
+
+
+def unrolled(x: jax.Array, *w: jax.Array) -> jax.Array:
+    """The same with an array a layer."""
+    for layer in w:
+        x = product_of_group(x, layer)
+    return x
+
+
 def refuse(*_: jax.Array) -> jax.Array:
     """A form that refuses."""
     raise UnsupportedError("a reason, and another")
@@ -73,4 +101,6 @@ CASES = (
     _case("aborts", multiply, (64, 64), (64, 64), dtype=jnp.float8_e4m3fn),
     _case("blows up", outer, (512, 512), (512, 512)),
     _case("refuses", refuse, (1,)),
+    _case("scanned", scanned, (64, 64), (4, 64, 64, 64)),
+    _case("unrolled", unrolled, (64, 64), *[(64, 64, 64)] * 4),
 )
