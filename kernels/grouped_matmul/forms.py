@@ -19,7 +19,7 @@ from deepzoo.kernels.dispatch import (
     dispatch,
     hopper_only,
 )
-from deepzoo.kernels.grouped_matmul import xla
+from deepzoo.kernels.grouped_matmul import tiles, xla
 
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 _FP8_KERNEL = "deepzoo.kernels.block_fp8.mosaic_grouped"
@@ -55,13 +55,11 @@ def product(how: Any, xs, ws, scales, group_sizes, *, transposed: bool = False) 
 
         return tokamax.rows_times_groups(xs[0], ws[0], sizes)
 
-    mosaic = Form(in_mosaic, partial(_mosaic_refusals, xs, ws, scales, transposed=transposed))
-    triton = Form(in_triton, partial(_triton_refusals, xs, ws))
-    # Float8 rows lose accuracy: only a caller who names the form gets them.
-    order = {"mosaic": mosaic, "triton": triton}
+    mosaic = Form(in_mosaic, partial(_mosaic_refusals, how, xs, ws, scales, transposed=transposed))
+    triton = Form(in_triton, partial(_triton_refusals, how, xs, ws))
+    known = _ordered(xs[0], ws[0], mosaic, triton, Form(in_xla, list))
     if scales[0] is not None and how.implementation == "auto":
-        del order["mosaic"]
-    known: dict[str, Form] = {**order, "xla": Form(in_xla, list)}
+        del known["mosaic"]  # float8 rows lose accuracy: only who names the form gets them
     if not transposed and len(xs) == 1:
         known["tokamax"] = Form(in_tokamax, partial(_tokamax_refusals, scales))
     return dispatch(
@@ -91,16 +89,18 @@ def swiglu(how: Any, x, ws, scales, group_sizes, *, keep: bool = False) -> tuple
         return mosaic.swiglu(x, ws, sizes, keep=keep, interpret=how.interpret)
 
     def mosaic_refusals():
-        reasons = _mosaic_refusals((x,), ws, (None,), transposed=False)
+        reasons = _mosaic_refusals(how, (x,), ws, (None,))
         if scales[0] is not None:
             reasons.append("float8 matrices are not fused with SwiGLU; use 'triton'")
         return reasons
 
-    known = {
-        "mosaic": Form(in_mosaic, mosaic_refusals),
-        "triton": Form(in_triton, partial(_triton_refusals, (x,), ws)),
-        "xla": Form(in_xla, list),
-    }
+    known = _ordered(
+        x,
+        ws[0],
+        Form(in_mosaic, mosaic_refusals),
+        Form(in_triton, partial(_triton_refusals, how, (x,), ws)),
+        Form(in_xla, list),
+    )
     return dispatch(
         "grouped_swiglu", how.implementation, known, x, ws, scales, group_sizes,
         interpret=how.interpret,
@@ -115,7 +115,7 @@ def outer(how: Any, left, right, group_sizes, dtype) -> jax.Array:
 
         return triton.group_outer(*arrays, dtype, interpret=how.interpret)
 
-    triton = Form(in_triton, partial(_triton_refusals, (left, right), ()))
+    triton = Form(in_triton, partial(_triton_refusals, how, (left, right), ()))
     known = {
         "triton": triton,
         "mosaic": triton,  # Hopper has no better one; documented at the public entry
@@ -127,8 +127,15 @@ def outer(how: Any, left, right, group_sizes, dtype) -> jax.Array:
     )  # fmt: skip
 
 
-def _triton_refusals(xs, ws) -> list[str]:
-    reasons = ampere_or_newer()
+def _ordered(x, w, mosaic: Form, triton: Form, in_xla: Form) -> dict[str, Form]:
+    """Forms by name, best first: Mosaic's tiles are 64 rows at least, too many for a decode step."""
+    if tiles.rows_of_a_tile(x.shape[0], w.shape[0]) < 64:
+        return {"triton": triton, "mosaic": mosaic, "xla": in_xla}
+    return {"mosaic": mosaic, "triton": triton, "xla": in_xla}
+
+
+def _triton_refusals(how: Any, xs, ws) -> list[str]:
+    reasons = [] if how.interpret else ampere_or_newer()
     reasons += [f"rows are {x.dtype}, not a float" for x in xs[:1] if x.dtype not in FLOATS]
     for w in ws[:1]:
         if w.dtype.itemsize == 1 and w.size >= 2**31:
@@ -139,17 +146,19 @@ def _triton_refusals(xs, ws) -> list[str]:
     return reasons
 
 
-def _mosaic_refusals(xs, ws, scales, *, transposed: bool) -> list[str]:
-    reasons = hopper_only()
-    if scales[0] is not None:
-        if not _exists(_FP8_KERNEL):
-            reasons.append("block_fp8 has no grouped kernel yet")
-        if transposed:
-            reasons.append("the float8 kernel has no gradient; use 'triton' or 'xla'")
-        return reasons
+def _mosaic_refusals(how: Any, xs, ws, scales, *, transposed: bool = False) -> list[str]:
+    reasons = [] if how.interpret else hopper_only()
     x, w = xs[0], ws[0]
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         reasons.append(f"rows are {x.dtype}, not bfloat16 or float16")
+    if scales[0] is not None:
+        if not _exists(_FP8_KERNEL):
+            reasons.append(f"its kernel for float8, {_FP8_KERNEL}, is not there")
+        if transposed:
+            reasons.append("the float8 kernel has no gradient; use 'triton' or 'xla'")
+        if w.shape[2] % 128 or w.shape[1] % 8:
+            reasons.append(f"float8 matrices are {w.shape[1:]}, not multiples of 8 and 128")
+        return reasons
     if w.dtype != x.dtype:
         reasons.append(f"rows are {x.dtype} and matrices {w.dtype}")
     columns, depth = (w.shape[i] for i in ((2, 1) if transposed else (1, 2)))
