@@ -103,6 +103,25 @@ def mla_prefill(
     return _jitted(*arrays, *segments, traced, options)
 
 
+def backward(
+    q_nope, q_rope, k_nope, k_rope, v, q_segments, k_segments, out, lse, d_out, d_lse, *,
+    scale: float, q_offset: int = 0, implementation: Implementation = "auto",
+    interpret: bool = False,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """The backward pass alone, as differentiating `mla_prefill` runs it; for benches and tests.
+
+    Args:
+        out, lse: what `mla_prefill` returned for the same arguments.
+        d_out, d_lse: their cotangents.
+
+    Returns:
+        Gradients of the first five arguments, in their shapes and dtypes.
+    """
+    options = _Static(float(scale), q_offset, implementation, interpret)
+    arrays = (q_nope, q_rope, k_nope, k_rope, v, q_segments, k_segments)
+    return _pull_back(arrays, (out, lse), (d_out, d_lse), None, options)
+
+
 def _check_shapes(q_nope, q_rope, k_nope, k_rope, v) -> None:
     shapes = [a.shape for a in (q_nope, q_rope, k_nope, k_rope, v)]
     ranks = [len(s) for s in shapes]
@@ -150,12 +169,15 @@ def _attend_fwd(q_nope, q_rope, k_nope, k_rope, v, q_segments, k_segments, offse
 
 def _attend_bwd(options, saved, gradients):
     arrays, offset, results = saved[:7], saved[7], saved[8:]
-    forms = _forms("backward", arrays, offset, options)
-    d_arrays = dispatch(
-        "mla_prefill backward", options.implementation, forms, *arrays, *results, *gradients,
-        offset, interpret=options.interpret,
+    return (*_pull_back(arrays, results, gradients, offset, options), None, None, None)
+
+
+def _pull_back(arrays, results, gradients, offset, options):
+    return dispatch(
+        "mla_prefill backward", options.implementation,
+        _forms("backward", arrays, offset, options), *arrays, *results, *gradients, offset,
+        interpret=options.interpret,
     )  # fmt: skip
-    return (*d_arrays, None, None, None)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
