@@ -23,7 +23,7 @@ from deepzoo.zoo.trees import read_manifest, read_tree, write_tree
 
 _COUNTERS = ("step", "seed", "skipped", "streak")
 _NAME = re.compile(r"[0-9]{8,}")
-_DAMAGED, _DELETING = ".damaged", ".deleting"
+_DELETING = ".deleting"
 
 
 def save_state(
@@ -74,7 +74,7 @@ def abstract(state: State) -> State:
 def newest(folder: Path, like: State, say: Callable[[str], None]) -> State | None:
     """The newest state in `folder` that is whole; None where there is none at all.
 
-    A damaged one is put aside under a name that ends in `.damaged`, and `say` is told.
+    A damaged one is put aside under a name that begins with `damaged-`, and `say` is told.
 
     Raises:
         CheckpointError: there are checkpoints, but all are damaged; or they hold another model.
@@ -86,7 +86,7 @@ def newest(folder: Path, like: State, say: Callable[[str], None]) -> State | Non
         except CheckpointError as error:
             if "does not fit" in str(error):  # a difference that the settings did not show
                 raise
-            aside = path.with_name(path.name + _DAMAGED)
+            aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             say(f"{error}; put aside as {aside.name}")

@@ -1,0 +1,283 @@
+"""The contract of every recipe: end it at any instant, start it again, and nothing is different.
+
+    CASE = Resumable(
+        source='''
+            from deepzoo.recipes import pretrain
+            recipe = dataclasses.replace(pretrain.PRESETS["nano"], config=..., steps=9, rows=2)
+            train = pretrain.train
+        ''',
+    )
+
+    def test_it_can_be_killed(tmp_path):
+        check(CASE, tmp_path)
+
+`source` runs in a child process and defines `recipe`, the settings, and `train(recipe, out,
+options)`. A run of it should take a second or two, and `recipe.steps` be at least 6. `check` makes
+one uninterrupted run and one that is ended by each of `ends` in turn, and compares: every leaf of
+the last checkpoint, every row of metrics.jsonl but its times, every other file that was written.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deepzoo.recipes.parts.log import METRICS, TIMES, read_metrics
+
+# Where in a save the process can be killed: nothing written; the first tree written; all written
+# but not visible yet; visible, the oldest not deleted; the oldest half deleted.
+SAVE_POINTS = ("before", "half", "written", "visible", "deleting")
+
+_DRIVER = """
+import dataclasses, json, os, re, shutil, signal, sys, threading, time
+from pathlib import Path
+from deepzoo.recipes.parts import checkpoint
+from deepzoo.recipes.parts.log import Log
+from deepzoo.recipes.parts.run import Options
+from deepzoo.zoo import trees
+from deepzoo.zoo.errors import DeepzooError
+
+out, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
+saves = 0
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+def reached(point):
+    if saves == plan.get("save", 2) and point == plan.get("point"):
+        send(plan.get("signal", signal.SIGKILL))
+
+
+def wrapped(owner, name, before=None, after=None):
+    original = getattr(owner, name)
+
+    def call(*args, **keywords):
+        if before is not None:
+            before(*args)
+        result = original(*args, **keywords)
+        if after is not None:
+            after(*args)
+        return result
+
+    setattr(owner, name, call)
+
+
+def begun(*args):
+    global saves
+    saves += 1
+    reached("before")
+
+
+def renamed(source, target, *rest):
+    if re.fullmatch("[0-9]{8}", Path(target).name):
+        reached("written")
+
+
+def deleted(path, *rest):
+    if str(path).endswith(".deleting") and plan.get("point") == "deleting":
+        for file in [p for p in Path(path).rglob("*") if p.is_file()][::2]:
+            file.unlink()
+        reached("deleting")
+
+
+def logged(log, state, metrics):
+    step = int(state.step)
+    if plan.get("after") is not None and not plan.get("ticking"):
+        plan["ticking"] = True
+        killer = threading.Timer(plan["after"], send, [signal.SIGKILL])
+        killer.daemon = True
+        killer.start()
+    if plan.get("at") == step:
+        send(plan["with"])
+    time.sleep(plan["pace"])
+
+
+wrapped(checkpoint, "save_state", before=begun)
+wrapped(trees, "_write_orbax", after=lambda *args: reached("half"))
+wrapped(os, "rename", before=renamed)
+wrapped(checkpoint, "prune", before=lambda *args: reached("visible"))
+wrapped(shutil, "rmtree", before=deleted)
+wrapped(Log, "__call__", after=logged)
+options = Options(
+    save_every=plan["save_every"], save_minutes=0, keep=plan["keep"], log_every=1, quiet=False
+)
+{source}
+if plan.get("changed"):
+    recipe = eval(plan["changed"])
+try:
+    train(recipe, out, options)
+except DeepzooError as error:
+    print("deepzoo:", error, file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resumable:
+    """A recipe small enough to be run a dozen times.
+
+    Attributes:
+        source: see the head of this file.
+        changed: expression of `recipe` for settings that must be refused.
+        told: what the refusal says of them.
+        save_every: steps.
+        keep: checkpoints; with 1, every save deletes one.
+        pace: seconds added to each step, so that a kill at a random instant finds it running.
+        devices: that the child has.
+    """
+
+    source: str
+    changed: str = "dataclasses.replace(recipe, seed=recipe.seed + 1)"
+    told: str = "seed: "
+    save_every: int = 2
+    keep: int = 1
+    pace: float = 0.02
+    devices: int = 1
+
+    def start(self, out: Path, **plan: Any) -> subprocess.Popen[str]:
+        """A child process that trains in `out`, and ends as planned."""
+        plan = {"save_every": self.save_every, "keep": self.keep, "pace": self.pace, **plan}
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count="
+        environment = {
+            "JAX_COMPILATION_CACHE_DIR": str(out.parent / "programs"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags}{self.devices}".strip(),
+        }  # fmt: skip
+        script = _DRIVER.replace("{source}", textwrap.dedent(self.source))
+        return subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", script, str(out), json.dumps(plan)],
+            env=environment, cwd=Path(__file__).parent, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, out: Path, *, status: int = 0, **plan: Any) -> str:
+        """The same, to its end; returns what it wrote to stderr.
+
+        Raises:
+            AssertionError: it ended with another status than `status` (-9: killed).
+        """
+        process = self.start(out, **plan)
+        told, errors = process.communicate(timeout=600)
+        assert process.returncode == status, (
+            f"ended with {process.returncode}, expected {status}:\n{(told + errors)[-3000:]}"
+        )
+        return errors
+
+
+def check(
+    case: Resumable,
+    folder: Path,
+    ends: Sequence[str] = ("instant", "half", "term", "second"),
+    *,
+    seed: int = 0,
+) -> Path:
+    """Compares an uninterrupted run with one that is ended again and again; returns the latter.
+
+    Args:
+        case: the recipe.
+        folder: for both runs.
+        ends: "instant", killed at a random one; a point of SAVE_POINTS, killed there in the second
+            save; "term", SIGTERM in a random step; "terms", a second one while the first saves;
+            "second", stopped while another process tries to start, then killed.
+        seed: of the random instants.
+    """
+    whole, broken, draw = folder / "whole", folder / "broken", random.Random(seed)
+    case.run(whole)
+    steps = max(row["step"] for row in rows(whole))
+    step = 0
+    for end in ends:
+        early = draw.randint(min(step + 1, steps), steps)
+        if end == "instant":
+            if step < steps:  # the steps that are left take longer than that
+                after = draw.uniform(0, case.pace * (steps - step))
+                case.run(broken, status=-signal.SIGKILL, after=after)
+        elif end == "term":
+            told = case.run(broken, at=early, **{"with": signal.SIGTERM})
+            if step < steps:
+                assert f"SIGTERM: stopped after step {early}" in told
+                assert newest(broken) == early
+        elif end == "terms":
+            ended = {"point": "half", "save": 1, "signal": signal.SIGTERM}
+            if step < steps:
+                case.run(broken, status=143, at=step + 1, **{"with": signal.SIGTERM}, **ended)
+                assert newest(broken) == (step or None)
+        elif end == "second":
+            _second(case, broken, min(step + 1, steps), finished=step == steps)
+        else:
+            assert end in SAVE_POINTS
+            save = 1 if steps - step <= case.save_every else 2
+            if step < steps and not (end == "deleting" and not step and save == 1):
+                case.run(broken, status=-signal.SIGKILL, point=end, save=save)
+        assert newest(broken) is None or newest(broken) >= step, "a step that was saved is gone"
+        step = newest(broken) or 0
+    before = newest(broken)
+    told = case.run(broken, status=2, changed=case.changed)
+    assert "was begun with other settings" in told
+    assert case.told in told
+    assert newest(broken) == before
+    told = case.run(broken)
+    assert before is None or f"going on from step {before}" in told
+    compare(whole, broken)
+    return broken
+
+
+def compare(one: Path, other: Path) -> None:
+    """Two finished runs hold the same: state, rows, files."""
+    assert rows(one) == rows(other)
+    assert fingerprints(one) == fingerprints(other)
+    assert _files(one) == _files(other)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the machine."""
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(out / METRICS)]
+
+
+def newest(out: Path) -> int | None:
+    """The newest step whose manifest is there."""
+    found = [int(p.parent.name) for p in out.glob("checkpoints/[0-9]*/manifest.json")]
+    return max(found, default=None)
+
+
+def fingerprints(out: Path) -> dict[str, Any]:
+    """Of every leaf of the newest checkpoint."""
+    path = out / "checkpoints" / f"{newest(out):08d}" / "manifest.json"
+    return json.loads(path.read_text())["trees"]
+
+
+def _files(out: Path) -> dict[str, str]:
+    """Hashes of what the run was for; and that nothing half done is left."""
+    found = {}
+    for path in sorted(p for p in out.rglob("*") if p.is_file()):
+        name = path.relative_to(out)
+        assert not any(part.endswith((".partial", ".deleting", ".tmp")) for part in name.parts)
+        if name.parts[0] not in ("checkpoints", "tensorboard", METRICS, ".lock"):
+            found[str(name)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def _second(case: Resumable, out: Path, step: int, *, finished: bool) -> None:
+    """While a process is stopped in `step`, another one is refused; then the first is killed."""
+    if finished:
+        return
+    first = case.start(out, at=step, **{"with": signal.SIGSTOP})
+    try:
+        _, status = os.waitpid(first.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), status
+        held = newest(out)
+        told = case.run(out, status=2)
+        assert f"in use by process {first.pid}" in told
+        assert newest(out) == held
+    finally:
+        first.kill()
+        first.communicate(timeout=60)
