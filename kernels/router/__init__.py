@@ -4,6 +4,6 @@ Paper: V2 report (arXiv 2405.04434) 2.2.2; V3 report (arXiv 2412.19437) 2.1.2, e
 M tokens  E experts  K chosen  G groups
 """
 
-from deepzoo.kernels.router.xla import Routing, expert_counts, router
+from deepzoo.kernels.router.xla import Routing, expert_counts, gate, router
 
-__all__ = ["Routing", "expert_counts", "router"]
+__all__ = ["Routing", "expert_counts", "gate", "router"]

@@ -1,4 +1,4 @@
-"""Router, dispatch and grouped matmul against float64 references and dense formulations."""
+"""Dispatch and grouped matmul against float64 references and dense formulations."""
 
 import jax
 import jax.numpy as jnp
@@ -11,51 +11,10 @@ from deepzoo.kernels.block_fp8 import dequantize, quantize
 from deepzoo.kernels.grouped_matmul import grouped_matmul
 from deepzoo.kernels.grouped_matmul import reference as grouped_reference
 from deepzoo.kernels.moe_dispatch import combine, dispatch, plan
-from deepzoo.kernels.router import expert_counts, router
-from deepzoo.kernels.router import reference as router_reference
-
-V3 = {"k": 3, "scoring": "sigmoid", "groups": 4, "top_groups": 2, "group_score": "top2"}
-KINDS = {
-    "v2_lite": {"k": 3, "scoring": "softmax"},
-    "v2": {"k": 3, "scoring": "softmax", "groups": 4, "top_groups": 2, "scale": 16.0},
-    "v3": V3 | {"normalise": True, "scale": 2.5},
-}
 
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_router_equals_the_reference(kind):
-    logits = normal(64, 16)
-    bias = normal(16, seed=1) * 0.5 if kind == "v3" else None
-    out = router(jnp.asarray(logits), bias, **KINDS[kind])
-    indices, weights = router_reference.router(logits, bias, **KINDS[kind])
-    assert np.array_equal(np.asarray(out.indices), indices)
-    assert np.abs(np.asarray(out.weights) - weights).max() < 1e-5 * weights.max()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("logits", [0.0, 1e9, -1e9])
-def test_router_ties_and_extremes_give_distinct_experts(kind, logits):
-    bias = np.where(np.arange(16) % 3 == 0, 1e9, -1e9).astype(np.float32) if kind == "v3" else None
-    out = router(jnp.full((4, 16), logits), bias, **KINDS[kind])
-    assert np.isfinite(np.asarray(out.weights)).all()
-    for row in np.asarray(out.indices):
-        assert len(set(row.tolist())) == 3
-        assert ((row >= 0) & (row < 16)).all()
-
-
-def test_equal_scores_go_to_the_lowest_index():
-    out = router(jnp.zeros((2, 16)), k=3, scoring="softmax")
-    assert out.indices.tolist() == [[0, 1, 2], [0, 1, 2]]
-
-
-def test_counts_leave_out_masked_tokens():
-    indices = jnp.array([[0, 1], [1, 2], [1, 3]])
-    assert expert_counts(indices, 5).tolist() == [1, 3, 1, 1, 0]
-    assert expert_counts(indices, 5, jnp.array([True, False, True])).tolist() == [1, 2, 0, 1, 0]
 
 
 def test_dispatch_and_combine_are_a_weighted_sum_with_its_gradients():
