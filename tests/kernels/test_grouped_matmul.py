@@ -147,33 +147,38 @@ TILES = {
 }
 
 
+@pytest.fixture
+def last_block_first(monkeypatch):
+    """Blocks run in any order on a GPU, but one after another in the interpreter, which hides a
+    block that writes beyond its own rows: the next one mends it, unless they run backwards."""
+    ahead = kernels.pl.program_id
+    monkeypatch.setattr(
+        kernels.pl, "program_id", lambda axis: kernels.pl.num_programs(axis) - 1 - ahead(axis)
+    )
+
+
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_each_tile_of_the_triton_form(tile, dtype):
+@pytest.mark.usefixtures("last_block_first")
+def test_each_tile_of_the_triton_form(tile):
     """Tiles of real shapes, several across and along, at widths that they do not divide."""
     rows, groups, width, inner = 150, 3, 2 * TILES[tile].columns - 28, 2 * TILES[tile].depth - 20
     sizes = np.array([133, 0, 12], np.int32)
     x, w, g = (
-        normal(*shape, seed=i, dtype=dtype)
+        normal(*shape, seed=i, dtype=jnp.bfloat16)
         for i, shape in enumerate([(rows, inner), (groups, width, inner), (rows, width)])
     )
+    options = {"interpret": True, "tile": TILES[tile]}
 
-    def out(xs, ws, **options):
-        scales = (None,) * len(ws)
-        return kernels.rows_times_groups(
-            xs, ws, scales, sizes, interpret=True, tile=TILES[tile], **options
-        )
+    def run(xs, ws, **more):
+        return kernels.rows_times_groups(xs, ws, (None,) * len(ws), sizes, **options, **more)
 
     to_x, to_w = reference.gradients(x, w, sizes, g)
-    limit = 3e-3 if dtype == jnp.bfloat16 else 4e-4
-    assert error(out((x,), (w,)), reference.grouped_matmul(x, w, sizes)) < limit
-    assert error(out((g,), (w,), transposed=True), to_x) < limit
-    assert error(out((g, g), (w, w), transposed=True), 2 * to_x) < limit
-    (h,) = kernels.swiglu(x, (w, w), (None, None), sizes, interpret=True, tile=TILES[tile])
-    assert error(h, reference.grouped_swiglu(x, w, w, sizes)) < limit
-    outer = TILES[tile]._replace(depth=32)
-    made = kernels.group_outer(g, x, sizes, dtype, interpret=True, tile=outer)
-    assert error(made, to_w) < limit
+    assert error(run((g, g), (w, w), transposed=True), 2 * to_x) < 3e-3
+    assert error(run((x,), (w,)), reference.grouped_matmul(x, w, sizes)) < 3e-3
+    (h,) = kernels.swiglu(x, (w, w), (None, None), sizes, **options)
+    assert error(h, reference.grouped_swiglu(x, w, w, sizes)) < 3e-3
+    options["tile"] = TILES[tile]._replace(depth=32)
+    assert error(kernels.group_outer(g, x, sizes, jnp.bfloat16, **options), to_w) < 3e-3
 
 
 @pytest.mark.parametrize(**EVERY)
