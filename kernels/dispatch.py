@@ -8,6 +8,7 @@ refuse is taken, by shapes, dtypes and the compute capability of the GPU the pro
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -25,7 +26,8 @@ class UnsupportedError(ValueError):
 class Form(NamedTuple):
     """One implementation of an operation, for arguments that are already known.
 
-    run: arrays -> result. Imports its backend itself, so that CPUs never pay for it.
+    run: arrays -> result, of the same shapes and dtypes for every form. Imports its backend itself:
+        the run of a GPU form is called, and traced, only when a program is lowered for CUDA.
     refusals: () -> every reason why it cannot run these arguments, in words; none if it can.
     """
 
@@ -59,7 +61,8 @@ def dispatch(
         gpu = next(name for name, form in forms.items() if name == "xla" or not form.refusals())
         if gpu == "xla":
             return forms["xla"].run(*arrays)
-        return jax.lax.platform_dependent(*arrays, cuda=forms[gpu].run, default=forms["xla"].run)
+        xla = forms["xla"].run
+        return jax.lax.platform_dependent(*arrays, cuda=_later(forms[gpu].run, xla), default=xla)
     if implementation not in forms:
         known = ", ".join(("auto", *forms))
         more = "" if implementation in get_args(Implementation) else " (no implementation at all)"
@@ -73,49 +76,76 @@ def dispatch(
         )
     if implementation == "xla" or interpret:
         return form.run(*arrays)
+    like = forms["xla"].run
     return jax.lax.platform_dependent(
-        *arrays, cuda=form.run, default=_refuse_to_lower(operation, implementation, form.run)
+        *arrays, cuda=_later(form.run, like), default=_refuse(operation, implementation, like)
     )
 
 
-_refuse_p = Primitive("refuse_to_lower")
-_refuse_p.multiple_results = True
+# Both are primitives so that nothing of a kernel is imported or traced until a program is lowered
+# for CUDA: on a CPU, tracing every kernel of a model takes longer than compiling the rest of it.
+_kernel_p, _refuse_p = Primitive("gpu_kernel"), Primitive("refuse_to_lower")
+_kernel_p.multiple_results = _refuse_p.multiple_results = True
 
 
-def _refuse_to_lower(operation: str, implementation: str, run: Callable[..., Any]):
-    """A stand-in for `run` with its result's shapes, which raises as soon as it is lowered."""
+def _later(run: Callable[..., Any], like: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, traced when it is lowered for CUDA; `like` has results of the same shapes."""
+
+    def bind(*arrays: Any) -> Any:
+        leaves, tree = jax.tree.flatten(arrays)
+        out, out_tree = jax.tree.flatten(jax.eval_shape(like, *arrays))
+
+        def flat(*leaves: Any) -> list[Any]:
+            return jax.tree.leaves(run(*tree.unflatten(leaves)))
+
+        return out_tree.unflatten(_kernel_p.bind(*leaves, run=flat, shapes=_shapes(out)))
+
+    return bind
+
+
+def _refuse(operation: str, implementation: str, like: Callable[..., Any]) -> Callable[..., Any]:
+    """A stand-in that raises as soon as it is lowered; `like` has results of the same shapes."""
     message = (
         f"{operation}: implementation={implementation!r} runs on NVIDIA GPUs only; 'auto' and"
         " 'xla' run everywhere, and interpret=True runs the kernel in Pallas's interpreter"
     )
 
-    def stand_in(*arrays: Any) -> Any:
-        out, tree = jax.tree.flatten(jax.eval_shape(run, *arrays))
-        shapes = tuple((a.shape, a.dtype) for a in out)
-        return tree.unflatten(
-            _refuse_p.bind(*jax.tree.leaves(arrays), message=message, shapes=shapes)
-        )
+    def bind(*arrays: Any) -> Any:
+        out, tree = jax.tree.flatten(jax.eval_shape(like, *arrays))
+        leaves = jax.tree.leaves(arrays)
+        return tree.unflatten(_refuse_p.bind(*leaves, run=message, shapes=_shapes(out)))
 
-    return stand_in
+    return bind
 
 
-@_refuse_p.def_abstract_eval
-def _refuse_abstract(*_: Any, message: str, shapes: tuple) -> list:
+def _shapes(out: list[Any]) -> tuple:
+    return tuple((a.shape, a.dtype) for a in out)
+
+
+def _abstract(*_: Any, run: Any, shapes: tuple) -> list[ShapedArray]:
     return [ShapedArray(shape, dtype) for shape, dtype in shapes]
 
 
-def _refuse_lowering(_context: Any, *_: Any, message: str, shapes: tuple) -> Any:
-    raise UnsupportedError(message)
+def _lower_kernel(context: Any, *arrays: Any, run: Any, shapes: tuple) -> Any:
+    return mlir.lower_fun(run, multiple_results=True)(context, *arrays)
 
 
-def _refuse_batched(arrays: Any, axes: Any, *, message: str, shapes: tuple) -> tuple:
+def _lower_refusal(context: Any, *arrays: Any, run: Any, shapes: tuple) -> Any:
+    raise UnsupportedError(run)
+
+
+def _batched(primitive: Primitive, arrays: Any, axes: Any, *, run: Any, shapes: tuple) -> tuple:
     size = next(a.shape[d] for a, d in zip(arrays, axes, strict=True) if d is not None)
     wider = tuple(((size, *shape), dtype) for shape, dtype in shapes)
-    return _refuse_p.bind(*arrays, message=message, shapes=wider), [0] * len(shapes)
+    if callable(run):
+        run = jax.vmap(run, in_axes=tuple(axes))
+    return primitive.bind(*arrays, run=run, shapes=wider), [0] * len(shapes)
 
 
-mlir.register_lowering(_refuse_p, _refuse_lowering)
-batching.primitive_batchers[_refuse_p] = _refuse_batched
+for _primitive, _lower in ((_kernel_p, _lower_kernel), (_refuse_p, _lower_refusal)):
+    _primitive.def_abstract_eval(_abstract)
+    mlir.register_lowering(_primitive, _lower)
+    batching.primitive_batchers[_primitive] = partial(_batched, _primitive)
 
 
 # Compute capability by the name of a device that JAX describes without one (an AbstractDevice).
