@@ -41,7 +41,7 @@ from deepzoo.recipes.parts.optim import adamw, muon
 from deepzoo.recipes.parts.packing import pack
 from deepzoo.recipes.parts.run import Options, Run
 from deepzoo.recipes.parts.schedules import scaled, warmup_constant_decay
-from deepzoo.recipes.parts.step import Loss, Mean, Output, Step, start, train_step
+from deepzoo.recipes.parts.step import Loss, Mean, Output, Step, jitted, start, train_step
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.save import save_hf
 from deepzoo.zoo.tokenizer import Tokenizer
@@ -245,9 +245,10 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         def trained(state):
             return Model(config, with_bias(state.params, state.bias), tokenizer)
 
+        state = run.state(initial)
         state = run.fit(
-            jax.jit(step, donate_argnums=0),
-            run.state(initial),
+            jitted(step, state),
+            state,
             arithmetic(tokenizer, recipe),
             recipe.steps,
             on=[

@@ -91,7 +91,7 @@ def apply(
     lengths: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
-    remat: bool = False,
+    remat: bool | str = False,
     logits: bool = True,
 ) -> Output:
     """Forward pass: tokens int32 [B, T] -> logits float32 [B, T, V], cache, routing, hidden.
@@ -110,7 +110,9 @@ def apply(
         segment_ids: int32 [B, T], without a cache: tokens see only their own segment and positions
             count from its start (packed documents; left padding as a segment of its own).
         positions: int32 [B, T], instead of the derived ones.
-        remat: recompute each layer in the backward pass.
+        remat: recompute each layer in the backward pass; or the name of a policy in
+            `jax.checkpoint_policies` that says what is kept nevertheless, such as
+            "dots_with_no_batch_dims_saveable".
         logits: False leaves out the head; `hidden` is then in `logits`' place too (losses that
             apply the head in chunks).
     """

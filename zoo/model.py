@@ -106,7 +106,7 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
         *,
-        remat: bool = False,
+        remat: bool | str = False,
         logits: bool = True,
     ) -> Output:
         """See `apply`."""
@@ -148,7 +148,8 @@ class Decoder(nnx.Module):
             return x, (cache, routing)
 
         if remat:
-            step = jax.checkpoint(step)
+            keep = getattr(jax.checkpoint_policies, remat) if isinstance(remat, str) else None
+            step = jax.checkpoint(step, policy=keep)
         if self.stacked:
             x, (cache, routing) = jax.lax.scan(step, x, (layers, cache))
             return x, cache, routing

@@ -6,7 +6,6 @@ checkpoints/00001000/opt_state, counters, extra
 checkpoints/00001000/manifest.json fingerprints of all of it (see `zoo.trees`)
 """
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -39,7 +38,8 @@ def save_state(
         CheckpointError: it exists, or the disk is full; nothing is left of it then.
     """
     path = folder / f"{int(state.step):08d}"
-    return write_tree(path, _trees(state), extra, finish=finish, progress=False)
+    trees = {name: tree for name, tree in _trees(state).items() if jax.tree.leaves(tree)}
+    return write_tree(path, trees, extra, finish=finish, progress=False)
 
 
 def restore_state(path: Path, like: State) -> State:
@@ -53,14 +53,16 @@ def restore_state(path: Path, like: State) -> State:
         CheckpointError: anything missing, damaged, or of another shape or dtype.
     """
     manifest = read_manifest(path)
-    found = {name: read_tree(manifest, name, t, progress=False) for name, t in _trees(like).items()}
+    found = {
+        name: read_tree(manifest, name, tree, progress=False) if jax.tree.leaves(tree) else tree
+        for name, tree in _trees(like).items()
+    }
     params, bias = split_bias(found["params"])
     counters = found["counters"]
     if int(counters["step"]) != int(path.name):
         raise CheckpointError(f"{path}: holds step {int(counters['step'])}; it was renamed")
     return State(
-        params=params, bias=bias, opt_state=found["opt_state"], extra=found.get("extra", {}),
-        **counters,
+        params=params, bias=bias, opt_state=found["opt_state"], extra=found["extra"], **counters,
     )  # fmt: skip
 
 
@@ -107,8 +109,11 @@ def saved(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Deletes all but the newest `keep`; what is being deleted is never taken for a checkpoint."""
-    for path in saved(folder)[:-keep]:
+    """Deletes all but the newest `keep`, none if that is 0.
+
+    What is half deleted is never taken for a checkpoint: it is renamed before.
+    """
+    for path in saved(folder)[:-keep] if keep else []:
         hidden = path.with_name(f".{path.name}{_DELETING}")
         path.rename(hidden)
         shutil.rmtree(hidden)
@@ -119,7 +124,15 @@ def remove_leftovers(folder: Path) -> None:
     if folder.is_dir():
         for path in folder.iterdir():
             if path.name.startswith(".") and path.suffix in (_DELETING, ".partial"):
-                shutil.rmtree(path) if path.is_dir() else os.unlink(path)
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a directory, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_finite(params: Any, where: object) -> None:
@@ -132,10 +145,9 @@ def check_finite(params: Any, where: object) -> None:
 
 
 def _trees(state: State) -> dict[str, Any]:
-    trees = {
+    return {
         "params": with_bias(state.params, state.bias),
         "opt_state": state.opt_state,
         "counters": {name: getattr(state, name) for name in _COUNTERS},
         "extra": state.extra,
     }
-    return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}

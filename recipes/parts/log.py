@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deepzoo.recipes.parts.events import Events
 from deepzoo.recipes.parts.flops import peak_flops
-from deepzoo.recipes.parts.step import Mean, Metrics, Peak, State
+from deepzoo.recipes.parts.step import Mean, Metrics, Peak, State, culprits
 from deepzoo.zoo.cli.display import visible
 
 METRICS = "metrics.jsonl"
@@ -133,6 +133,8 @@ class Log:
                 row["flops_per_second"] = rate * self._flops
                 if peak := peak_flops():
                     row["utilisation"] = rate * self._flops / (peak * jax.device_count())
+        if bad:
+            row["not_finite"] = ", ".join(culprits(state, metrics)[:5]) or "loss"
         if self.missed:
             row["missed_saves"] = self.missed
         self._last, self._last_step = now, step

@@ -14,7 +14,6 @@ import dataclasses
 import fcntl
 import json
 import os
-import shutil
 import signal
 import threading
 import time
@@ -52,7 +51,7 @@ class Options:
     save_minutes: float = 10.0
     """Minutes after which a checkpoint is saved, however few steps were done; 0 for never."""
     keep: int = 2
-    """The newest checkpoints that are kept."""
+    """The newest checkpoints that are kept; 0 for all."""
     on_full: Literal["stop", "continue"] = "stop"
     """What to do when a checkpoint cannot be written."""
     log_every: int = 10
@@ -116,7 +115,9 @@ class Run:
         Raises:
             RequestError: somebody else uses it, it holds something else, or the settings differ.
         """
-        self._made = not self.out.exists()
+        for name in ("save_every", "save_minutes", "keep", "log_every"):
+            if (value := getattr(self.options, name)) < 0:
+                raise RequestError(f"{name} is {value}; expected 0 or more")
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.out)
         try:
@@ -253,12 +254,13 @@ class Run:
         """Writes what the run is for, such as a model, to `out`/`name`; replaces an older one."""
         path = self.out / name
         new, old = (self.out / f".{name}.{end}" for end in ("partial", "deleting"))
-        shutil.rmtree(new, ignore_errors=True)
+        checkpoint.remove(new)
+        checkpoint.remove(old)
         write(new)
         if path.exists():
             path.rename(old)
         new.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        checkpoint.remove(old)
         return path
 
     def _keep(self, state: State, metrics: Metrics) -> None:

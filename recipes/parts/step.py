@@ -167,6 +167,15 @@ def train_step(
     return step
 
 
+def jitted(step: Callable[..., tuple[State, Metrics]], state: State) -> Any:
+    """The compiled step: it donates its state, and places the new one as `state` is placed.
+
+    Under a mesh the compiler would else choose for itself, and the second step be another program.
+    """
+    placed = jax.tree.map(lambda a: a.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
+
+
 def several(step: Step) -> Step:
     """A step over a list of batches with one optimiser update each; it counts as one step.
 
