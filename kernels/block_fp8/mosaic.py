@@ -76,14 +76,13 @@ def config(rows: int, columns: int, cluster: int) -> Config:
 def dense_config(m: int, n: int, cores: int) -> Config:
     """Large tiles where there is arithmetic, narrow ones where all cores must read weights."""
     rows = _HALF if m <= _HALF else BLOCK
-    if m > 4 * BLOCK:
-        return config(rows, BLOCK, 2 if n % (2 * BLOCK) == 0 else 1)
     row_tiles = pl.cdiv(m, rows)
 
     def waves(columns: int) -> tuple[int, int]:
         return pl.cdiv(row_tiles * pl.cdiv(n, columns), cores) * columns, -columns
 
-    return config(rows, min((32, 64, 128), key=waves), 1)
+    columns = BLOCK if m > 4 * BLOCK else min((32, 64, 128), key=waves)
+    return config(rows, columns, 2 if n % (2 * columns) == 0 else 1)
 
 
 def cores() -> int:
@@ -253,7 +252,10 @@ def multiply(
                 def promote(block, carry):
                     total, (x_factor, w_factor) = carry
                     slot = lax.rem(done + block, _i32(cut.stages))
-                    # The next block's scales travel while this block is multiplied.
+                    factor = x_factor * w_factor
+                    # The next block's scales travel while this block is multiplied. They are asked
+                    # for once this block's are used up, so that they land in the same registers: a
+                    # copy between registers would wait for them before the product.
                     following = factors(jnp.minimum(block + 1, _i32(last_block)))
                     plgpu.barrier_wait(full.at[slot])
 
@@ -267,8 +269,7 @@ def multiply(
                         product, plgpu.WGMMAAccumulatorRef((_HALF, mine), jnp.float32)
                     )
                     plgpu.barrier_arrive(empty.at[slot])
-                    factor = lax.broadcast_in_dim(x_factor * w_factor, (_HALF, mine), [0])
-                    return total + sums * factor, following
+                    return total + sums * lax.broadcast_in_dim(factor, sums.shape, [0]), following
 
                 zeros = plgpu.layout_cast(jnp.zeros((_HALF, mine), jnp.float32), plgpu.Layout.WGMMA)
                 total, _ = lax.fori_loop(0, now.blocks, promote, (zeros, factors(_i32(0))))
