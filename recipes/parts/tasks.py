@@ -154,11 +154,17 @@ def held_out(expression: str) -> bool:
     return int.from_bytes(digest) % 20 == 0
 
 
-def problems(*seed: int, held: bool = False) -> Iterator[str]:
-    """Endless problems such as `47 + 38 * 2`, 2 to 4 numbers; a pure function of the seed."""
+def problems(*seed: int, held: bool = False, numbers: int | None = None) -> Iterator[str]:
+    """Endless problems such as `47 + 38 * 2`; a pure function of the seed.
+
+    Args:
+        seed: any whole numbers from 0 on.
+        held: those for evaluation instead of those for training.
+        numbers: in each problem; 2 to 4 where it is None.
+    """
     rng = np.random.default_rng([*seed, int(held)])
     while True:
-        expression = _draw(rng)
+        expression = _draw(rng, numbers)
         if held_out(expression) != held:
             continue
         try:
@@ -169,9 +175,9 @@ def problems(*seed: int, held: bool = False) -> Iterator[str]:
             yield expression
 
 
-def _draw(rng: np.random.Generator) -> str:
+def _draw(rng: np.random.Generator, numbers: int | None) -> str:
     words: list[str] = []
-    count = int(rng.choice([2, 3, 4], p=[0.3, 0.4, 0.3]))
+    count = int(rng.choice([2, 3, 4], p=[0.3, 0.4, 0.3])) if numbers is None else numbers
     while len(words) < 2 * count - 1:
         if len(words) < 2 * count - 3 or not words:
             times = count >= 2 and rng.random() < 0.35

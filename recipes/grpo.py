@@ -1,0 +1,362 @@
+"""Reinforcement learning from verifiable rewards: GRPO and what became of it.
+
+    deepzoo train grpo --preset nano --out DIR
+
+Papers: GRPO, DeepSeekMath (arXiv 2402.03300, 4.1); R1-Zero and R1's two stages, DeepSeek-R1 (arXiv
+2501.12948, eq. 1 to 3, and "Methods" of the article in Nature 645, 2025). Dr. GRPO, DAPO, GSPO and
+CISPO are arguments (`recipes/parts/policy.py` names their papers); `modern` sets what later work
+agrees on.
+
+One step: sample `answers` answers of each of `prompts` problems, judge them by rules, compare each
+with its group, and make one update for each of `minibatches` parts. Four functions, which a fork
+replaces one by one: `rollout`, `judged`, `advantages`, `policy_loss`.
+
+Deviations:
+* R1 counts every update as a step: its 10,400 are 650 rollouts of 16 updates here;
+* R1-Zero's clipping is not stated; the 10 of R1's first stage is used;
+* the limit of R1-Zero's answers rises from 32,768 to 65,536 tokens at step 8,200: start a second
+  run from the first one's model with the higher --max-tokens;
+* the preference models of R1's second stage are not public: only its rule-based rewards are here;
+* router biases stay as they are: rollouts and updates then choose experts alike.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepzoo import zoo
+from deepzoo.recipes.parts import problems as tasks
+from deepzoo.recipes.parts.accuracy import measure
+from deepzoo.recipes.parts.advantage import Baseline, Scale, advantages, dead
+from deepzoo.recipes.parts.bias import split_bias, with_bias
+from deepzoo.recipes.parts.flops import flops_per_token
+from deepzoo.recipes.parts.logprobs import score
+from deepzoo.recipes.parts.main import main
+from deepzoo.recipes.parts.optim import adamw
+from deepzoo.recipes.parts.policy import Objective, policy_loss
+from deepzoo.recipes.parts.problems import Problem, Task
+from deepzoo.recipes.parts.rollout import Trajectories, rollout, step_seed
+from deepzoo.recipes.parts.run import Options, Run
+from deepzoo.recipes.parts.schedules import scaled, warmup_constant_decay
+from deepzoo.recipes.parts.step import Mean, Metrics, State, several, start, train_step
+from deepzoo.zoo.errors import RequestError
+from deepzoo.zoo.prompt import encode, tokenizer_of
+from deepzoo.zoo.types import Model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """One run of reinforcement learning."""
+
+    model: str = "v2-nano"
+    """Where it starts: a shipped model or a directory."""
+    task: str = "arithmetic-long"
+    """Problems and their verifier, see recipes/parts/problems.py."""
+    steps: int = 40
+    """Rollouts."""
+    prompts: int = 16
+    """Problems of a rollout."""
+    answers: int = 8
+    """Answers of each problem, its group."""
+    minibatches: int = 1
+    """Updates from one rollout."""
+    max_tokens: int = 160
+    """Longest answer."""
+    prompt_tokens: int = 32
+    """Longest prompt; with max_tokens it is the width of a batch."""
+    temperature: float = 1.0
+    """Of sampling."""
+    accuracy: float = 1.0
+    """Weight of a right answer in the reward."""
+    format: float = 0.0
+    """Weight of the form the answer has to have."""
+    language: float = 0.0
+    """Weight of language consistency (R1's second and later stages)."""
+    scale: Scale = "group_std"
+    """What advantages are divided by."""
+    baseline: Baseline = "mean"
+    """What an answer is compared with."""
+    objective: Objective = dataclasses.field(default_factory=Objective)
+    """Clipping, normalisation, divergence; see recipes/parts/policy.py."""
+    old: Literal["rollout", "recomputed"] = "rollout"
+    """Whose log-probabilities are pi_old: the generator's, or those of a pass of the trainer."""
+    reference_every: int = 0
+    """Rollouts after which the reference becomes the policy; 0: it stays the first model."""
+    dynamic_sampling: int = 0
+    """Further rounds of sampling to replace groups without variance (DAPO); 0: they stay."""
+    overlong: Literal["wrong", "mask"] = "wrong"
+    """An answer that was cut off is judged as it is, or left out of the loss (DAPO)."""
+    overlong_tokens: int = 0
+    """DAPO's soft punishment: the reward falls by up to 1 over the last so many tokens."""
+    rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    beta1: float = 0.9
+    """AdamW's."""
+    beta2: float = 0.99
+    """AdamW's."""
+    warmup: float = 0.05
+    """Share of the updates in which the rate rises."""
+    decay: float = 0.0
+    """Share of the updates in which it falls to 0."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    accumulate: int = 1
+    """Micro-batches of an update."""
+    remat: bool = False
+    """Compute each layer again in the backward pass, to save memory."""
+    slots: int = 64
+    """Answers that are written together."""
+    least: float = 0.05
+    """Share of right answers below which it refuses to start: nearly every group would be dead."""
+    evaluate_every: int = 20
+    """Steps between evaluations on held-out problems; 0 for one at the end."""
+    held_out: int = 200
+    """Problems of an evaluation."""
+    seed: int = 0
+    """Of problems and sampling."""
+
+
+_ZERO = Recipe(
+    model="deepseek-v3-base", task="jsonl", steps=650, prompts=512, answers=16, minibatches=16,
+    max_tokens=32768, prompt_tokens=4096, format=1.0, rate=3e-6, beta2=0.999, warmup=0.0,
+    objective=Objective(clip_low=10.0, clip_high=10.0, beta=0.001),
+    reference_every=25,  # 400 updates
+    remat=True, accumulate=512, slots=512, evaluate_every=50,
+)  # fmt: skip
+PRESETS = {
+    "nano": Recipe(),
+    "r1_zero": _ZERO,
+    "r1_stage1": dataclasses.replace(_ZERO, language=1.0),
+    "r1_stage2": dataclasses.replace(_ZERO, language=1.0, temperature=0.7, steps=106),
+    "modern": dataclasses.replace(
+        _ZERO,
+        scale="none",
+        objective=Objective(clip_high=0.28, norm="token"),
+        reference_every=0,
+        dynamic_sampling=3,
+        overlong="mask",
+    ),
+}
+
+
+def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
+    """Trains; writes `out`/model in the published layout and returns it.
+
+    Called again for the same directory, it goes on from the newest checkpoint.
+
+    Raises:
+        RequestError: the model answers too few problems right to learn from its own answers.
+    """
+    model = zoo.load(recipe.model, dtype="float32", mtp=False, stacked=True)
+    task = tasks.task(recipe.task)
+    config = model.config
+
+    def initial() -> State:
+        state = start(model.params, optimiser, recipe.seed)
+        if recipe.objective.beta:
+            return state._replace(extra={"reference": jax.tree.map(jnp.copy, state.params)})
+        return state
+
+    optimiser = _optimiser(recipe, split_bias(zoo.abstract(config))[0])
+    step = learner(recipe, model, task, optimiser)
+    with Run(out, recipe, options, model=config, tokenizer=model.tokenizer) as run:
+        state = run.state(initial)
+
+        def whole(state: State) -> Model:
+            return model._replace(params=with_bias(state.params, state.bias), source=None)
+
+        if int(state.step) == 0:
+            _check_learnable(recipe, model, task)
+
+        def held_out(state: State) -> dict[str, Any]:
+            found = measure(
+                whole(state), task, recipe.held_out, max_tokens=recipe.max_tokens,
+                temperature=recipe.temperature, top_p=1.0, slots=recipe.slots,
+            )  # fmt: skip
+            share = float(found.truncated.mean())
+            return {"held_out": found.accuracy, "held_out_truncated": share}
+
+        def problems(at: int) -> list[Problem]:
+            return tasks.batch(task.problems, recipe.prompts, recipe.seed, at)
+
+        state = run.fit(
+            step, state, problems, recipe.steps,
+            on=[run.every(recipe.evaluate_every, held_out, last=True)],
+            tokens=recipe.prompts * recipe.answers * recipe.max_tokens,
+            flops=flops_per_token(config, recipe.max_tokens),
+        )  # fmt: skip
+        path = run.product("model", lambda path: zoo.save_hf(whole(state), path))
+    return zoo.load(path, dtype="float32")
+
+
+def learner(recipe: Recipe, model: Model, task: Task, optimiser) -> Callable:
+    """(state, problems) -> (state, metrics): one rollout and its updates."""
+    config, objective = model.config, recipe.objective
+    width = recipe.prompt_tokens + recipe.max_tokens
+    scored = functools.partial(score, config, temperature=recipe.temperature, remat=recipe.remat)
+
+    def loss(params, batch, key):
+        del key
+        found = scored(params, batch["tokens"])
+        return policy_loss(
+            objective, found.logprobs, found.entropy, batch["old"], batch["advantages"],
+            batch["mask"], longest=recipe.max_tokens, reference=batch.get("reference"),
+            rollout=batch.get("rollout"),
+        )  # fmt: skip
+
+    one = train_step(loss, optimiser, recipe.accumulate, clip=recipe.clip)
+    update = several(jax.jit(one, donate_argnums=0))
+
+    @jax.jit
+    def logprobs(params, tokens):
+        return scored(params, tokens).logprobs
+
+    def sample(state: State, problems: list[Problem], round: int) -> tuple[Trajectories, list]:
+        made = rollout(
+            config, with_bias(state.params, state.bias),
+            [encode(model, p.prompt, raw=p.raw).tokens for p in problems],
+            answers=recipe.answers, max_tokens=recipe.max_tokens, width=width,
+            eos_ids=tokenizer_of(model).eos_ids, temperature=recipe.temperature,
+            seed=step_seed(recipe.seed, int(state.step), round), slots=recipe.slots,
+        )  # fmt: skip
+        return made, [
+            judged(recipe, task, model, problems[made.group[row]], made, row)
+            for row in range(len(made.group))
+        ]
+
+    def step(state: State, problems: list[Problem]) -> tuple[State, Metrics]:
+        made, verdicts = sample(state, problems, 0)
+        for round in range(1, recipe.dynamic_sampling + 1):
+            gone = dead(_rewards(recipe, verdicts))
+            if not gone.any():
+                break
+            at = int(state.step)
+            fresh = tasks.batch(task.problems, int(gone.sum()), recipe.seed, at, round)
+            made, verdicts = _replaced(made, verdicts, gone, *sample(state, fresh, round))
+        rewards = _rewards(recipe, verdicts)
+        batch = _batch(recipe, made, advantages(
+            rewards, scale=recipe.scale, baseline=recipe.baseline
+        ))  # fmt: skip
+        if recipe.old == "recomputed":
+            batch["rollout"] = batch["old"]
+            batch["old"] = np.asarray(
+                logprobs(with_bias(state.params, state.bias), batch["tokens"])
+            )
+        if objective.beta:
+            reference = with_bias(state.extra["reference"], state.bias)
+            batch["reference"] = np.asarray(logprobs(reference, batch["tokens"]))
+        state, metrics = update(state, _parts(batch, recipe.minibatches))
+        every = recipe.reference_every
+        if objective.beta and every and int(state.step) % every == 0:
+            state = state._replace(extra={"reference": jax.tree.map(jnp.copy, state.params)})
+        metrics["sums"] |= _told(made, verdicts, rewards)
+        return state, metrics
+
+    return step
+
+
+def judged(
+    recipe: Recipe, task: Task, model: Model, problem: Problem, made: Trajectories, row: int
+) -> dict[str, float]:
+    """Components of one answer's reward, from rules alone."""
+    ids = made.answer(row)
+    finished = not made.truncated[row]
+    text = tokenizer_of(model).decode(ids[:-1] if finished else ids)
+    verdict = dict(task.judge(problem, text, finished))
+    if recipe.overlong_tokens:  # DAPO, eq. 13
+        room = recipe.max_tokens - recipe.overlong_tokens
+        verdict["overlong"] = -max(0, len(ids) - room) / recipe.overlong_tokens
+    return verdict
+
+
+def _rewards(recipe: Recipe, verdicts: list[dict[str, float]]) -> np.ndarray:
+    """Weighted sums of the components, float64 [P, G]."""
+    weights = {"accuracy": recipe.accuracy, "format": recipe.format, "language": recipe.language}
+    weights["overlong"] = 1.0
+    total = [sum(w * v[k] for k, w in weights.items() if w and k in v) for v in verdicts]
+    return np.array(total, np.float64).reshape(-1, recipe.answers)
+
+
+def _replaced(made, verdicts, gone, fresh, fresh_verdicts):
+    """Groups that teach something instead of the dead ones `gone`, as far as there are any."""
+    each = len(verdicts) // len(gone)
+    rows = {int(p): slice(i * each, i * each + each) for i, p in enumerate(np.flatnonzero(gone))}
+    fields = [np.array(a) for a in made]
+    out = list(verdicts)
+    for p, source in rows.items():
+        place = slice(p * each, p * each + each)
+        for mine, theirs in zip(fields, fresh, strict=True):
+            mine[place] = theirs[source]
+        out[place] = fresh_verdicts[source]
+    fields[Trajectories._fields.index("group")] = made.group
+    return Trajectories(*fields), out
+
+
+def _batch(recipe: Recipe, made: Trajectories, advantage: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows for the loss; position t is about token t + 1."""
+    mask = made.mask
+    if recipe.overlong == "mask":
+        mask = mask * ~made.truncated[:, None]
+    # Cut behind the longest answer, in large steps: few widths are compiled.
+    used = int((made.tokens.shape[1] - (made.mask[:, ::-1] > 0).argmax(axis=1)).max())
+    width = min(made.tokens.shape[1], -(-used // 64) * 64)
+    return {
+        "tokens": made.tokens[:, :width],
+        "mask": mask[:, 1:width],
+        "old": made.logprobs[:, 1:width],
+        "advantages": advantage.reshape(-1),
+    }
+
+
+def _parts(batch: dict[str, np.ndarray], count: int) -> list[dict[str, np.ndarray]]:
+    """Mini-batches of whole groups, in the order they were sampled."""
+    return [
+        {k: v for k, v in zip(batch, cut, strict=True)}
+        for cut in zip(*(np.split(a, count) for a in batch.values()), strict=True)
+    ]
+
+
+def _told(made: Trajectories, verdicts: list[dict[str, float]], rewards: np.ndarray) -> Metrics:
+    def mean(values) -> Mean:
+        values = np.asarray(values, np.float64)
+        there = ~np.isnan(values)
+        return Mean(np.where(there, values, 0).sum(), there.sum())
+
+    told = {"reward": mean(rewards), "length": mean(made.lengths)}
+    told |= {f"reward/{k}": mean([v[k] for v in verdicts]) for k in verdicts[0] if k != "accuracy"}
+    told["accuracy"] = mean([v["accuracy"] for v in verdicts])
+    told["truncated"] = mean(made.truncated)
+    told["dead_groups"] = mean(dead(rewards))
+    told["dropped"] = mean(np.isnan(rewards))
+    return told
+
+
+def _check_learnable(recipe: Recipe, model: Model, task: Task) -> None:
+    found = measure(
+        model, task, min(recipe.held_out, 100), max_tokens=recipe.max_tokens,
+        temperature=recipe.temperature, top_p=1.0, slots=recipe.slots, seed=recipe.seed,
+    )  # fmt: skip
+    if found.accuracy < recipe.least:
+        raise RequestError(
+            f"{recipe.model} answers {found.accuracy:.1%} of {len(found.problems)} problems right;"
+            f" below {recipe.least:.0%} nearly every group of {recipe.answers} has no right answer"
+            " and nothing is learned: fine-tune it first (deepzoo train sft), take easier problems,"
+            " or set --least"
+        )
+
+
+def _optimiser(recipe: Recipe, shape):
+    updates = recipe.steps * recipe.minibatches
+    factor = warmup_constant_decay(updates, recipe.warmup, recipe.decay)
+    rate = scaled(recipe.rate, factor)
+    return adamw(shape, rate, decay=0.0, b1=recipe.beta1, b2=recipe.beta2)
+
+
+if __name__ == "__main__":
+    main(train, PRESETS, __doc__)
