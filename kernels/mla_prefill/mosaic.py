@@ -29,7 +29,7 @@ def forward(
     q_nope, q_rope, k_nope, k_rope, v, q_segments, k_segments, *,
     scale: float, q_offset: int | jax.Array, interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """(out, lse), see `api`; `interpret` runs it in Pallas's GPU interpreter, with race detection."""
+    """(out, lse), see `api`; `interpret` runs it in the GPU interpreter, with race detection."""
     batch, queries, heads, _ = q_nope.shape
     keys = k_nope.shape[1]
     tiles = pl.cdiv(queries, TILE_Q)
@@ -114,7 +114,13 @@ def _forward(
 
             plgpu.copy_gmem_to_smem(v_hbm.at[b, here, h], v.at[slot], v_full.at[slot])
 
-        lax.fori_loop(0, end - first, load, None)
+        def drain(n, _):  # every arrival is met by a wait
+            plgpu.barrier_wait(k_free.at[lax.rem(n, STAGES)])
+            plgpu.barrier_wait(v_free.at[lax.rem(n, STAGES)])
+
+        count = end - first
+        lax.fori_loop(0, count, load, None)
+        lax.fori_loop(jnp.maximum(count - STAGES, 0), count, drain, None)
 
     @pl.when(wg < 2)
     def _consume():
@@ -235,7 +241,9 @@ def _forward(
                 o_ref[...] = acc
             plgpu.barrier_wait(v_full.at[slot_v])
             plgpu.wgmma(o_ref, p.at[wg] if p_in_smem else weight, v.at[slot_v])
-            return o_ref[...]
+            o = o_ref[...]
+            plgpu.barrier_arrive(v_free.at[slot_v])
+            return o
 
         o = pl.run_scoped(finish, plgpu.ACC((ROWS, VALUE), jnp.float32))
         if p_in_smem:
@@ -243,7 +251,7 @@ def _forward(
 
         @pl.when(wg == 0)
         def _():
-            plgpu.barrier_wait(turn.at[0])  # every arrival is met by a wait
+            plgpu.barrier_wait(turn.at[0])
 
         seen = total > 0
         o = o * lax.broadcast_in_dim(1 / jnp.where(seen, total, 1.0), o.shape, [0])
