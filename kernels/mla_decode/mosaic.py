@@ -30,14 +30,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from deepzoo.kernels.mla_decode import triton
-from deepzoo.kernels.mla_decode.splits import choose_splits, multiprocessors
+from deepzoo.kernels.mla_decode.splits import choose_splits, combine, multiprocessors
 
 LATENT, ROPE = 512, 64
 HALF = LATENT // 2
 ROWS = 64  # wgmma's fixed M
 KEYS = 64  # of a block, and tokens of a page
 STAGES = 2
+_ACC = plgpu.WGMMAAccumulatorRef
 _LOG2E = math.log2(math.e)
 _FLOOR = -1e38  # below every score, and finite: a row that has seen nothing keeps it as maximum
 _RIGHT = 1  # the warpgroup of the right half; 0 is the left half's, 2 loads
@@ -126,7 +126,7 @@ def mla_decode(
     if whole:
         out, lse = out[:, 0], lse[:, 0]
     else:
-        out, lse = triton.combine(out, lse, q_latent.dtype, interpret=interpret)
+        out, lse = combine(out, lse, q_latent.dtype)
     return out.reshape(q_latent.shape), lse.reshape(batch, queries, heads)
 
 
@@ -183,13 +183,13 @@ def _attend(
             plgpu.wgmma(acc_ref, weights, half.at[slot])
 
         if accumulate:
-            return pl.run_state(product)(plgpu.ACC.init(acc))
+            return pl.run_state(product)(_ACC.init(acc))
 
         def fresh(acc_ref):
             product(acc_ref)
             return acc_ref[...]
 
-        return acc + pl.run_scoped(fresh, plgpu.ACC((ROWS, HALF), jnp.float32))
+        return acc + pl.run_scoped(fresh, _ACC((ROWS, HALF), jnp.float32))
 
     def clear(half, slot, n):
         """Zeros entries nobody sees: as values they meet weights of 0, and 0 * NaN is NaN."""
@@ -238,7 +238,7 @@ def _attend(
                 plgpu.wgmma(s_ref, q_right.at[zero], right.at[slot].transpose((1, 0)))
                 return s_ref[...]
 
-            s = pl.run_scoped(scores, plgpu.ACC((ROWS, KEYS), jnp.float32))
+            s = pl.run_scoped(scores, _ACC((ROWS, KEYS), jnp.float32))
             plgpu.barrier_arrive(rope_free.at[slot])
             if mask:
                 key = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
@@ -308,7 +308,10 @@ def _attend(
 
 def _operand(shape: tuple[int, ...]) -> Any:
     """Shared memory in the layout of wgmma operands."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    transforms = (
+        plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+    )
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 

@@ -48,8 +48,8 @@ def choose_splits(programs: int, blocks: int, slots: int, overhead: int) -> int:
 def combine(out: jax.Array, lse: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """Parts float32 [B, Z, R, C] and [B, Z, R] -> `dtype` [B, R, C] and float32 [B, R].
 
-    A part that saw nothing holds 0 and -inf; so does the result where all did. (The kernels do
-    this in one launch, `triton.combine`; this is its definition.)
+    A part that saw nothing holds 0 and -inf; so does the result where all did. XLA makes three to
+    five small kernels of it; `triton.combine` is the same in one.
     """
     top = lse.max(axis=1, keepdims=True)
     weight = jnp.exp(lse - jnp.where(jnp.isneginf(top), 0.0, top))

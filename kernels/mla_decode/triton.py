@@ -100,13 +100,15 @@ def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
 def widen_bits(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """e4m3 numbers given as uint8 -> `dtype`, for GPUs that lack the conversion (before sm_89).
 
-    Sign, exponent and mantissa move to their places in a float32, whose exponent then reads 2^-120
-    too small; subnormal numbers come out right too, as subnormals of float32 that the product
-    makes normal.
+    The seven low bits, shifted to their places in a float32 and with the exponent's bias changed,
+    are the number itself; a subnormal one (below 8) then reads 2^-7 (1 + m / 8) in place of
+    2^-6 m / 8. No subnormal float32 comes up on the way: hardware may flush those.
     """
     wide = bits.astype(jnp.int32)
-    moved = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
-    return (jax.lax.bitcast_convert_type(moved, jnp.float32) * 2.0**120).astype(dtype)
+    size = wide & 0x7F
+    value = jax.lax.bitcast_convert_type((size << 20) + (120 << 23), jnp.float32)
+    value = jnp.where(size < 8, 2 * value - 2.0**-6, value)
+    return jnp.where(wide < 128, value, -value).astype(dtype)
 
 
 def _attend(*refs, heads: int, scale: float, tiles: Tiles, splits: int, paged: bool, scaled: bool):
@@ -145,6 +147,7 @@ def _attend(*refs, heads: int, scale: float, tiles: Tiles, splits: int, paged: b
 
     def page_of(index):
         # Of a block that is visited; beyond them no entry of the table is read.
+        assert pages_ref is not None
         at = index * tiles.keys // latent_ref.shape[1]
         return plt.load(pages_ref.at[batch, at], mask=index < last, other=0)
 
@@ -172,6 +175,7 @@ def _attend(*refs, heads: int, scale: float, tiles: Tiles, splits: int, paged: b
         elif scaled:
             latent = latent.astype(q.dtype)
         score = _dot(q, latent, 1)
+        token_scale = None
         if latent_scale_ref is not None:
             token_scale = plt.load(latent_scale_ref.at[owner, there], mask=held, other=0.0)
             score *= token_scale[None, :]
@@ -182,7 +186,7 @@ def _attend(*refs, heads: int, scale: float, tiles: Tiles, splits: int, paged: b
         decay = jnp.exp2(top - new_top)
         weight = jnp.exp2(score - new_top[:, None])
         total = total * decay + weight.sum(axis=1)
-        if latent_scale_ref is not None:
+        if token_scale is not None:
             weight *= token_scale[None, :]
         out = out * decay[:, None] + _dot(weight.astype(latent.dtype), latent, 0)
         # One step ahead: a load whose address is itself being loaded is not pipelined by Triton.
@@ -298,7 +302,8 @@ def mla_decode(
         )
     if latent_scale is not None:
         if by_bits is None:
-            by_bits = (compute_capability() or (9, 0)) < (8, 9)
+            capability = compute_capability()
+            by_bits = capability is not None and capability < (8, 9)
         if by_bits:
             latent = jax.lax.bitcast_convert_type(latent, jnp.uint8)
     dtype = q_latent.dtype if splits == 1 else jnp.float32
