@@ -1,17 +1,16 @@
-"""Latent prefill attention in XLA, in query chunks: memory grows linearly with the sequence.
+"""Latent prefill attention in XLA, in chunks of queries: memory grows linearly with the sequence.
 
 The queries are cut into spans, each of which reads only the keys before its end; a span runs
-through its chunks in a loop. Written for CPUs too, where a training step spends a good part of its
-time here: heads are batch dimensions of every product, and each chunk's scores are made once.
+through its chunks in a loop that writes its results in place, so that one chunk's scores at a time
+are alive. Written for CPUs too, where a training step spends a good part of its time here: heads
+are batch dimensions of every product, and a chunk's scores fit a cache.
 B batch  T query  S key  H heads  N nope  R rope  V value
 """
-
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-_CHUNK = 128
+_CHUNK = 64
 _SPANS = 8
 
 
@@ -23,26 +22,24 @@ def forward(
     del interpret
     q_nope, q_rope, k_nope, v = (a.swapaxes(1, 2) for a in (q_nope, q_rope, k_nope, v))
 
-    def rows(seen, carry, start, q_nope, q_rope, q_segments):
-        score = _scores(q_nope, q_rope, k_nope[:, :, :seen], k_rope[:, :seen], scale)
-        marks = None if k_segments is None else k_segments[:, :seen]
-        visible = _visible(start, q_offset, q_nope.shape[2], seen, q_segments, marks)
-        score = jnp.where(visible, score, -jnp.inf)
+    def rows(start, size, seen, carry):
+        nope, rope = (_rows(a, start, size) for a in (q_nope, q_rope))
+        score = _scores(nope, rope, k_nope[:, :, :seen], k_rope[:, :seen], scale)
+        score = jnp.where(
+            _visible(start, size, seen, q_offset, q_segments, k_segments), score, -jnp.inf
+        )
         top = jnp.maximum(score.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
         weight = jnp.exp(score - top)
         total = weight.sum(axis=-1, keepdims=True)
         safe = jnp.where(total > 0, total, 1.0)
         out = _dot("bhts,bhsv->bhtv", weight.astype(v.dtype), v[:, :, :seen]) / safe
         lse = jnp.where(total > 0, jnp.log(safe) + top, -jnp.inf)
-        return carry, (out.astype(v.dtype), lse[..., 0])
+        return _put(carry, (out, lse), start)
 
-    parts = []
-    for begin, end, seen in _spans(q_nope, k_nope, q_offset, chunk, spans):
-        marks = None if q_segments is None else q_segments[:, begin:end]
-        cut = (q_nope[:, :, begin:end], q_rope[:, :, begin:end], marks)
-        parts.append(_by_chunks(partial(rows, seen), None, begin, chunk, cut)[1])
-    out, lse = (jnp.concatenate(a, axis=2).swapaxes(1, 2) for a in zip(*parts, strict=True))
-    return out, lse
+    shape = q_nope.shape[:3]
+    carry = (jnp.zeros((*shape, v.shape[-1]), v.dtype), jnp.zeros((*shape, 1), jnp.float32))
+    out, lse = _walk(rows, carry, shape[2], k_nope.shape[2], q_offset, chunk, spans)
+    return out.swapaxes(1, 2), lse[..., 0].swapaxes(1, 2)
 
 
 def backward(
@@ -52,42 +49,40 @@ def backward(
     """(dq_nope, dq_rope, dk_nope, dk_rope, dv), see `api`."""
     del interpret
     dtypes = [a.dtype for a in (q_nope, q_rope, k_nope, k_rope, v)]
-    lse, delta = row_terms(out, lse, d_out, d_lse)
-    lse, delta = lse.swapaxes(1, 2), delta.swapaxes(1, 2)
+    lse, delta = (a.swapaxes(1, 2)[..., None] for a in row_terms(out, lse, d_out, d_lse))
     q_nope, q_rope, k_nope, v, d_out = (
         a.swapaxes(1, 2) for a in (q_nope, q_rope, k_nope, v, d_out.astype(v.dtype))
     )
 
-    def rows(seen, carry, start, q_nope, q_rope, d_out, lse, delta, q_segments):
+    def rows(start, size, seen, carry):
+        nope, rope, gradient, lses, deltas = (
+            _rows(a, start, size) for a in (q_nope, q_rope, d_out, lse, delta)
+        )
         keys, ropes, values = k_nope[:, :, :seen], k_rope[:, :seen], v[:, :, :seen]
-        marks = None if k_segments is None else k_segments[:, :seen]
-        visible = _visible(start, q_offset, q_nope.shape[2], seen, q_segments, marks)
-        score = _scores(q_nope, q_rope, keys, ropes, scale)
-        weight = jnp.where(visible, jnp.exp(score - lse[..., None]), 0.0)
-        d_weight = _dot("bhtv,bhsv->bhts", d_out, values)
-        d_score = (weight * (d_weight - delta[..., None]) * scale).astype(q_nope.dtype)
-        d_keys = (
-            _dot("bhts,bhtn->bhsn", d_score, q_nope),
-            _dot("bhts,bhtr->bsr", d_score, q_rope),
-            _dot("bhts,bhtv->bhsv", weight.astype(v.dtype), d_out),
-        )
+        score = _scores(nope, rope, keys, ropes, scale)
+        seen_by = _visible(start, size, seen, q_offset, q_segments, k_segments)
+        weight = jnp.where(seen_by, jnp.exp(score - lses), 0.0)
+        d_weight = _dot("bhtv,bhsv->bhts", gradient, values)
+        d_score = (weight * (d_weight - deltas) * scale).astype(nope.dtype)
         d_query = (
-            _dot("bhts,bhsn->bhtn", d_score, keys).astype(q_nope.dtype),
-            _dot("bhts,bsr->bhtr", d_score, ropes).astype(q_rope.dtype),
+            _dot("bhts,bhsn->bhtn", d_score, keys), _dot("bhts,bsr->bhtr", d_score, ropes)
+        )  # fmt: skip
+        d_keys = (
+            _dot("bhts,bhtn->bhsn", d_score, nope),
+            _dot("bhts,bhtr->bsr", d_score, rope),
+            _dot("bhts,bhtv->bhsv", weight.astype(v.dtype), gradient),
         )
-        return jax.tree.map(_add_in_front, carry, d_keys), d_query
+        to_query, to_keys = carry
+        return _put(to_query, d_query, start), tuple(map(_add_in_front, to_keys, d_keys))
 
-    d_keys = tuple(jnp.zeros(a.shape, jnp.float32) for a in (k_nope, k_rope, v))
-    d_keys = tuple(d_keys)
-    parts = []
-    for begin, end, seen in _spans(q_nope, k_nope, q_offset, chunk, spans):
-        marks = None if q_segments is None else q_segments[:, begin:end]
-        cut = [a[:, :, begin:end] for a in (q_nope, q_rope, d_out, lse, delta)]
-        d_keys, part = _by_chunks(partial(rows, seen), d_keys, begin, chunk, (*cut, marks))
-        parts.append(part)
-    d_query = [jnp.concatenate(a, axis=2).swapaxes(1, 2) for a in zip(*parts, strict=True)]
-    dk_nope, dk_rope, dv = d_keys
-    d_all = (*d_query, dk_nope.swapaxes(1, 2), dk_rope, dv.swapaxes(1, 2))
+    carry = (
+        tuple(jnp.zeros_like(a) for a in (q_nope, q_rope)),
+        tuple(jnp.zeros(a.shape, jnp.float32) for a in (k_nope, k_rope, v)),
+    )
+    sizes = (q_nope.shape[2], k_nope.shape[2])
+    to_query, (dk_nope, dk_rope, dv) = _walk(rows, carry, *sizes, q_offset, chunk, spans)
+    d_all = (*to_query, dk_nope, dk_rope, dv)
+    d_all = (a if a.ndim == 3 else a.swapaxes(1, 2) for a in d_all)
     return tuple(a.astype(t) for a, t in zip(d_all, dtypes, strict=True))
 
 
@@ -108,55 +103,49 @@ def _scores(q_nope, q_rope, k_nope, k_rope, scale):
     return score * scale
 
 
-def _visible(start, q_offset, size: int, seen: int, q_segments, k_segments):
+def _visible(start, size: int, seen: int, q_offset, q_segments, k_segments):
     """Which of `seen` keys each of `size` queries from `start` on may see: [B or 1, 1, T, S]."""
     last = jnp.arange(size) + start + jnp.reshape(jnp.asarray(q_offset), (-1, 1))
     visible = last[:, :, None] >= jnp.arange(seen)
     if q_segments is not None:
-        visible &= q_segments[:, :, None] == k_segments[:, None, :]
+        marks = jax.lax.dynamic_slice_in_dim(q_segments, start, size, axis=1)
+        visible &= marks[:, :, None] == k_segments[:, None, :seen]
     return visible[:, None]
 
 
-def _spans(q_nope, k_nope, q_offset, chunk: int, spans: int):
-    """(first query, end of the queries, number of keys they see) of each span."""
-    queries, keys = q_nope.shape[2], k_nope.shape[2]
-    size = chunk * -(-queries // (chunk * spans))
+def _walk(rows, carry, queries: int, keys: int, q_offset, chunk: int, spans: int):
+    """Runs rows(start, size, keys to read, carry) -> carry over all queries, in order."""
+    chunks = -(-queries // chunk)
+    # Two chunks or more to a span: single ones are no loop, and XLA would run them side by side.
+    size = chunk * max(2, -(-chunks // spans))
     for begin in range(0, queries, size):
         end = min(begin + size, queries)
         seen = min(max(end + q_offset, 1), keys) if isinstance(q_offset, int) else keys
-        yield begin, end, seen
+        whole = (end - begin) // chunk
+
+        def step(i, carry, begin=begin, seen=seen):
+            return rows(begin + i * chunk, chunk, seen, carry)
+
+        if whole:
+            carry = jax.lax.fori_loop(0, whole, step, carry)
+        if rest := (end - begin) % chunk:
+            carry = rows(end - rest, rest, seen, carry)
+    return carry
 
 
-def _by_chunks(rows, carry, begin: int, chunk: int, arrays):
-    """Runs rows(carry, start, *chunk of each of `arrays`) -> (carry, results) over axis -2 of a
-    span's arrays [B, H, T, ...] (and [B, T] segments); results come back joined."""
-    size = arrays[0].shape[2]
-    if size <= chunk:
-        return rows(carry, begin, *arrays)
-    count = -(-size // chunk)
-    marked = arrays[-1] is not None
+def _rows(a: jax.Array, start, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(a, start, size, axis=2)
 
-    def cut(a, axis):
-        widths = [(0, 0)] * a.ndim
-        widths[axis] = (0, count * chunk - size)
-        a = jnp.pad(a, widths)
-        return jnp.moveaxis(a.reshape(*a.shape[:axis], count, chunk, *a.shape[axis + 1 :]), axis, 0)
 
-    pieces = [cut(a, 2) for a in arrays[:-1]] + ([cut(arrays[-1], 1)] if marked else [])
-
-    def step(carry, xs):
-        start, *some = xs
-        return rows(carry, start, *some, *([] if marked else [None]))
-
-    starts = begin + chunk * jnp.arange(count)
-    carry, results = jax.lax.scan(step, carry, (starts, *pieces))
-    return carry, tuple(
-        jnp.moveaxis(a, 0, 2).reshape(*a.shape[1:3], -1, *a.shape[4:])[:, :, :size] for a in results
+def _put(arrays, parts, start):
+    """Writes rows from `start` on."""
+    return tuple(
+        jax.lax.dynamic_update_slice_in_dim(a, part.astype(a.dtype), start, axis=2)
+        for a, part in zip(arrays, parts, strict=True)
     )
 
 
 def _add_in_front(total: jax.Array, part: jax.Array) -> jax.Array:
     """Adds to the first keys, which are all that a span sees."""
-    axis = total.ndim - 2
-    front = (slice(None),) * axis + (slice(0, part.shape[axis]),)
+    front = (slice(None),) * (total.ndim - 2) + (slice(0, part.shape[-2]),)
     return total.at[front].add(part)
