@@ -47,7 +47,7 @@ def matmul(
     With activations="keep", the default and what the zoo's models use, x is multiplied as it is:
     the numbers of the dequantised model, which parity with other programs needs. With "quantize", x
     is rounded to float8 per 128 of a row first and the product runs in FP8 with float32 promotion
-    (V3 report 3.3.2): about 4% error in one product of random values and up to twice the speed on
+    (V3 report 3.3.2): about 3% error in one product of normal values for up to twice the rate on
     Hopper. It is never chosen on its own.
 
     Differentiable in x, with the dequantised weight and, under "quantize", straight through the
