@@ -41,7 +41,7 @@ from deepzoo.recipes.parts.optim import adamw, muon
 from deepzoo.recipes.parts.packing import pack
 from deepzoo.recipes.parts.run import Options, Run
 from deepzoo.recipes.parts.schedules import scaled, warmup_constant_decay
-from deepzoo.recipes.parts.step import Loss, Mean, Output, Step, jitted, start, train_step
+from deepzoo.recipes.parts.step import Loss, Mean, Metrics, Output, Step, jitted, start, train_step
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.save import save_hf
 from deepzoo.zoo.tokenizer import Tokenizer
@@ -83,7 +83,7 @@ class Recipe:
     evaluate_every: int = 0
     """Steps between evaluations on held-out problems; 0 for one at the end."""
     problems: int = 500
-    """Held-out problems of an evaluation."""
+    """Held-out problems of an evaluation; 0 for none."""
     sample_every: int = 200
     """Steps between samples of text; 0 for none."""
     seed: int = 0
@@ -145,7 +145,8 @@ def next_token(config: Config, *, balance: float = 0.0, mtp: float = 0.0) -> Los
 
         out = zoo.apply(config, params, seen, segment_ids=inside, logits=False)
         nll, weight = cross_entropy(out.hidden, 1)
-        metrics, load, routings = {"nll": nll}, {}, []
+        metrics: Metrics = {"nll": nll}
+        load, routings = {}, []
         if out.routing is not None:
             routings.append(out.routing)
             load["moe"] = jax.vmap(lambda i: expert_counts(i, config.n_routed_experts))(
@@ -234,6 +235,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             return start(zoo.init(config, jax.random.key(recipe.seed)), tx, recipe.seed)
 
         def held_out(state):
+            if not recipe.problems:
+                return {}
             score = evaluate(trained(state), recipe.problems, temperature=0.0)
             return {"held_out": score.right / score.total, "held_out_steps": score.steps}
 
@@ -252,7 +255,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             arithmetic(tokenizer, recipe),
             recipe.steps,
             on=[
-                run.every(recipe.evaluate_every, held_out, last=True),
+                run.every(recipe.evaluate_every, held_out, last=recipe.problems > 0),
                 run.every(recipe.sample_every, sample),
             ],
             tokens=recipe.rows * recipe.length,

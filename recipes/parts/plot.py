@@ -112,12 +112,12 @@ def _series(run: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 def _pyplot() -> Any:
     try:
-        import matplotlib
+        import matplotlib  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise RequestError(
             "drawing needs matplotlib; install it with: pip install 'deepzoo[notebooks]'"
         ) from None
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     return pyplot

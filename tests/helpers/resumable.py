@@ -177,7 +177,7 @@ class Resumable:
 def check(
     case: Resumable,
     folder: Path,
-    ends: Sequence[str] = ("instant", "half", "term", "second"),
+    ends: Sequence[str] = ("half", "term"),
     *,
     seed: int = 0,
 ) -> Path:

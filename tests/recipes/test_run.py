@@ -257,7 +257,7 @@ from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deepzoo.recipes.parts import checkpoint
-from deepzoo.recipes.parts.step import Output, start, train_step
+from deepzoo.recipes.parts.step import Output, jitted, start, train_step
 from deepzoo.zoo.fingerprint import fingerprint
 
 mesh = Mesh(np.array(jax.devices()), ("fsdp",))
@@ -266,15 +266,17 @@ def place(a):
     return jax.device_put(a, NamedSharding(mesh, spec))
 tx = optax.adamw(0.1)
 loss = lambda p, b, k: Output(((b @ p["w"]) ** 2).sum(), jnp.float32(b.shape[0]), {})
-step = jax.jit(train_step(loss, tx), donate_argnums=0)
 state = jax.tree.map(place, start({"w": jnp.arange(64.0).reshape(8, 8)}, tx, 0))
+step = jitted(train_step(loss, tx, accumulate=2), state)
 folder = Path(sys.argv[1])
 batch = place(np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32))
 if found := checkpoint.saved(folder):
     state = checkpoint.restore_state(found[-1], checkpoint.abstract(state))
     print(fingerprint((state.params, state.opt_state)))
 assert len(state.params["w"].sharding.device_set) == len(jax.devices()) == int(sys.argv[2])
+held = {a.sharding for a in jax.tree.leaves(state)}
 state, metrics = step(state, batch)
+assert {a.sharding for a in jax.tree.leaves(state)} == held
 assert len(state.params["w"].addressable_shards) == int(sys.argv[2])
 checkpoint.save_state(folder, state)
 print(fingerprint((state.params, state.opt_state)))
@@ -290,3 +292,5 @@ def test_a_state_goes_on_with_other_devices(tmp_path: Path):
     assert told[1][1] == told[2][0]
     losses = [float(lines[-1]) for lines in told]
     assert losses[0] > losses[1] > losses[2]
+    alone = child.run(DEVICES, str(tmp_path / "alone"), "1").stdout.splitlines()
+    assert float(alone[-1]) == pytest.approx(losses[0], rel=1e-6)
