@@ -37,7 +37,7 @@ def forward(
     segments = ()
     if q_segments is not None:
         segments = (pad_rows(q_segments, TILE_Q), pad_rows(k_segments, TILE_K))
-    together = _heads_together(heads, keys)
+    together = heads_together(heads, keys)
     body = partial(
         _forward, scale=scale, keys=keys, tiles=tiles, heads=heads, together=together,
         marked=bool(segments), p_in_smem=interpret,
@@ -280,24 +280,24 @@ def refusals(
     return reasons
 
 
-def block_bounds(q_segments, k_segments, queries, keys, q_offset, batch, tile_q=TILE_Q):
-    """Which key blocks each query tile reads: int32 [B, T / tile_q, 5].
+def block_bounds(q_segments, k_segments, queries, keys, q_offset, batch, tile_k=TILE_K):
+    """Which key blocks each query tile reads: int32 [B, T / 128, 5].
 
     Columns: first block read, first and end of the run that needs no mask (the last such run), end
     of the blocks read, and the query offset. Between first and end, the rest is read masked;
     outside nothing is visible. At least one block is read.
     """
     offset = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,))[:, None]
-    start = jnp.arange(pl.cdiv(queries, tile_q), dtype=jnp.int32)[None] * tile_q
-    stop = jnp.minimum(start + tile_q, queries)
-    end = pl.cdiv(jnp.clip(stop + offset, 1, keys), TILE_K)
-    whole = jnp.clip(start + offset + 1, 0, keys) // TILE_K
+    start = jnp.arange(pl.cdiv(queries, TILE_Q), dtype=jnp.int32)[None] * TILE_Q
+    stop = jnp.minimum(start + TILE_Q, queries)
+    end = pl.cdiv(jnp.clip(stop + offset, 1, keys), tile_k)
+    whole = jnp.clip(start + offset + 1, 0, keys) // tile_k
     if q_segments is None:
         zero = jnp.zeros_like(end)
         columns = (zero, zero, whole, end)
     else:
-        low_q, high_q = _ranges(q_segments, tile_q)
-        low_k, high_k = _ranges(k_segments, TILE_K)
+        low_q, high_q = ranges(q_segments, TILE_Q)
+        low_k, high_k = ranges(k_segments, tile_k)
         block = jnp.arange(low_k.shape[1], dtype=jnp.int32)
         meets = (low_k[:, None] <= high_q[:, :, None]) & (high_k[:, None] >= low_q[:, :, None])
         meets &= block < end[..., None]
@@ -314,7 +314,7 @@ def block_bounds(q_segments, k_segments, queries, keys, q_offset, batch, tile_q=
     return jnp.stack(columns, axis=-1).astype(jnp.int32)
 
 
-def _ranges(segments: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+def ranges(segments: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     parts = pad_rows(segments, size).reshape(segments.shape[0], -1, size)
     return parts.min(axis=-1), parts.max(axis=-1)
 
@@ -333,7 +333,7 @@ def place(block, heads: int, tiles: int, together: int):
     return lax.div(group, groups), head, lax.div(rest, together)
 
 
-def _heads_together(heads: int, keys: int) -> int:
+def heads_together(heads: int, keys: int) -> int:
     fits = max(1, _L2 // (keys * (NOPE + VALUE) * 2))
     return next(n for n in range(min(fits, heads), 0, -1) if heads % n == 0)
 
