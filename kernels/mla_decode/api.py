@@ -50,7 +50,8 @@ def mla_decode(
             above, or float8_e4m3fn with `latent_scale`.
         k_rope: [B, S, R] or [P, L, R], rotated. (The kernels want one dtype for all but a float8
             latent; "auto" takes XLA where there are several.)
-        lengths: int32 [B] or [B, T], cache entries visible to each query; 0 is allowed.
+        lengths: int32 [B] or [B, T], cache entries visible to each query; 0 is allowed, and more
+            than the cache has room for means all of it.
         scale: softmax scale.
         pages: int32 [B, N]; page pages[b, n] of the pool holds entries n * L to n * L + L - 1 of
             row b.
@@ -75,6 +76,7 @@ def mla_decode(
         raise ValueError(f"mla_decode: {'; '.join(faults)}")
     batch, queries = q_latent.shape[:2]
     lengths = jnp.broadcast_to(lengths.reshape(batch, -1), (batch, queries)).astype(jnp.int32)
+    pages = None if pages is None else pages.astype(jnp.int32)
     return _run(
         float(scale), implementation, interpret,
         q_latent, q_rope, latent, k_rope, lengths, pages, latent_scale,
@@ -169,6 +171,8 @@ def mosaic_refusals(q_latent, q_rope, latent, k_rope, pages, latent_scale) -> li
     if latent_scale is not None:
         # From 64 heads on arithmetic is the limit, and it is bfloat16 either way.
         reasons.append("reads no float8 cache")
+    if pages is None and latent.shape[1] < 64:
+        reasons.append(f"needs a capacity of 64 tokens or more, not {latent.shape[1]}")
     if pages is not None and latent.shape[1] != 64:
         reasons.append(f"needs pages of 64 tokens, not {latent.shape[1]}")
     return reasons

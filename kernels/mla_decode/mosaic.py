@@ -137,13 +137,14 @@ def _attend(
     q_full, left_full, right_full, rope_full, left_free, right_free, rope_free,
     weights_full, weights_free,
 ):  # fmt: skip
-    pages = rest[0] if paged else None
+    pages: Any = rest[0] if paged else None
     out_hbm, lse_hbm = rest[-2:]
     wg = lax.axis_index("wg")
     tile, split, batch = (lax.axis_index(name) for name in ("tile", "split", "batch"))
     here = pl.ds(tile * ROWS, ROWS)
     # 64 divides the heads, so that the rows of a tile belong to one query and have one length.
-    length = lengths[batch, lax.div(tile * ROWS, heads)]
+    capacity = latent_hbm.shape[1] * (pages.shape[1] if paged else 1)
+    length = jnp.minimum(lengths[batch, lax.div(tile * ROWS, heads)], capacity)
     blocks = lax.div(length + (KEYS - 1), KEYS)
     share = lax.div(blocks + (splits - 1), splits)
     first = split * share

@@ -122,6 +122,7 @@ def _attend(*refs, heads: int, scale: float, tiles: Tiles, splits: int, paged: b
     out_ref, lse_ref = refs[-2:]
     rows, width = q_ref.shape[1:]
     rope = q_rope_ref.shape[2]
+    capacity = latent_ref.shape[1] * (1 if pages_ref is None else pages_ref.shape[1])
     columns, rope_columns = (max(16, pl.next_power_of_2(n)) for n in (width, rope))
     tile, split, batch = (pl.program_id(i) for i in range(3))
 
@@ -138,6 +139,7 @@ def _attend(*refs, heads: int, scale: float, tiles: Tiles, splits: int, paged: b
     )
     query = jnp.minimum(row // heads, lengths_ref.shape[1] - 1)
     length = plt.load(lengths_ref.at[batch, query], mask=row_held, other=0)
+    length = jnp.minimum(length, capacity)
     end = length.max()
 
     blocks = pl.cdiv(end, tiles.keys)

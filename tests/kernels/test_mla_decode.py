@@ -64,6 +64,16 @@ def test_a_length_of_a_row_is_that_of_all_its_queries():
         assert np.array_equal(a, b)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize("page", [None, 16])
+def test_more_than_the_capacity_is_all_of_it(implementation, page):
+    sizes = Sizes(batch=2, heads=3, capacity=48, page=page, dtype=jnp.float32)
+    arrays, clean = sizes.inputs([48, 48])
+    over = (*arrays[:4], arrays[4] + np.array([[9], [70]], np.int32), *arrays[5:])
+    result = run(over, implementation=implementation, interpret=implementation != "xla")
+    check(result, exact(clean), bound=2e-6)
+
+
 def test_pages_and_a_contiguous_cache_say_the_same():
     sizes = Sizes(batch=2, heads=3, capacity=128, page=64, dtype=jnp.float32)
     arrays, clean = sizes.inputs([128, 77])

@@ -40,6 +40,13 @@ def test_equals_the_reference(name):
         assert error(result[0], expected[0]) <= 1.5 * error(peer[0], expected[0])
 
 
+def test_more_than_the_capacity_is_all_of_it():
+    sizes, splits, _ = CASES["contiguous"]
+    arrays, clean = sizes.inputs([200, 0])
+    over = (*arrays[:4], np.array([[300], [0]], np.int32), *arrays[5:])
+    check(kernel(over, splits), reference.mla_decode(*clean[:5], scale=SCALE), bound=1e-2)
+
+
 def test_the_public_entry_runs_it_and_reruns_give_the_same_bits():
     arrays, _ = Sizes(1, 1, 64, 512, 64, 128, page=64).inputs([100])
     once, again = (

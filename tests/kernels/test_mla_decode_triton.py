@@ -40,6 +40,7 @@ CONFIGS = {
     "odd sizes, small pages, several queries": (
         Sizes(heads=5, queries=3, latent=24, rope=8, capacity=80, page=16), {"splits": 3}
     ),
+    "less room than a block": (Sizes(heads=2, capacity=21), {"splits": 1}),
     "float32": (Sizes(heads=3, queries=2, dtype=jnp.float32), {"splits": 3}),
 }  # fmt: skip
 
