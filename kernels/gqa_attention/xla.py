@@ -1,32 +1,44 @@
-"""Grouped-query attention: jax.nn's for whole sequences, the blockwise loop over a cache for
-decode.
+"""Grouped-query attention in XLA: whole sequences in chunks of queries, forward and backward, and
+the blockwise loop over a cache for decode.
 
 B batch  T query  S key or cache capacity  H query heads  G key/value heads  D head size
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from deepzoo.kernels.mla_decode.xla import attend_blocks
+from deepzoo.kernels.mla_prefill import xla as prefill
 
 
-def gqa_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, segments: jax.Array | None = None
-) -> jax.Array:
-    """Causal attention within a sequence; differentiable.
+def forward(q, k, v, segments, *, scale: float):
+    """(out, log-sum-exp float32 [B, T, H]), see `api.gqa_attention`."""
+    k, v = (_per_head(a, q) for a in (k, v))
+    return prefill.forward(q, None, k, None, v, segments, segments, scale=scale, q_offset=0)
 
-    Args:
-        q: [B, T, H, D].
-        k: [B, T, G, D], G a divisor of H.
-        v: [B, T, G, D].
-        scale: softmax scale.
-        segments: int32 [B, T]; a query sees only keys of its own segment.
 
-    Returns:
-        [B, T, H, D] in v's dtype.
-    """
-    mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True)
+def backward(q, k, v, segments, out, lse, d_out, *, scale: float):
+    """(dq, dk, dv)."""
+    keys, values = (_per_head(a, q) for a in (k, v))
+    dq, _, dk, _, dv = prefill.backward(
+        q, None, keys, None, values, segments, segments, out, lse, d_out, 0.0, scale=scale,
+        q_offset=0,
+    )  # fmt: skip
+    return dq, *(_per_group(d, a) for d, a in ((dk, k), (dv, v)))
+
+
+def _per_head(a: jax.Array, q: jax.Array) -> jax.Array:
+    share = q.shape[2] // a.shape[2]
+    return a if share == 1 else jnp.repeat(a, share, axis=2)
+
+
+def _per_group(d: Any, a: jax.Array) -> jax.Array:
+    if d.shape == a.shape:
+        return d
+    grouped = d.reshape(*a.shape[:3], -1, a.shape[3]).astype(jnp.float32)
+    return grouped.sum(axis=3).astype(a.dtype)
 
 
 def gqa_decode(

@@ -4,6 +4,8 @@ One program per block of queries and head walks over the blocks of keys with a r
 sum (FlashAttention-2, arXiv 2307.08691, algorithm 1). Scores are the sum of two products, nope and
 rope, so that the rope key is read as it is, [S, R], by every head. Blocks of keys that no query of
 the block sees are not visited: by causality, and with segments by comparing ranges of ids.
+Grouped-query attention is the same kernel: no rope parts (None), and fewer heads of keys than of
+queries.
 B batch  T query  S key  H heads  N nope  R rope  V value
 """
 
@@ -48,12 +50,13 @@ def refusals(
     """Every reason why neither kernel can run these arguments on a GPU that can run any."""
     del q_segments, k_segments, q_offset, interpret
     reasons = []
-    dtypes = {str(a.dtype) for a in (q_nope, q_rope, k_nope, k_rope, v)}
+    given = [a for a in (q_nope, q_rope, k_nope, k_rope, v) if a is not None]
+    dtypes = {str(a.dtype) for a in given}
     if len(dtypes) > 1 or dtypes - set(_DTYPES):
         reasons.append(f"needs one dtype of {', '.join(_DTYPES)}, got {', '.join(sorted(dtypes))}")
-    widths = [a.shape[-1] for a in (q_nope, q_rope, v)]
+    widths = [a.shape[-1] for a in given]
     if max(widths) > 128:
-        reasons.append("needs head sizes up to 128, got nope {}, rope {}, value {}".format(*widths))
+        reasons.append(f"needs head sizes up to 128, got {max(widths)}")
     if scale <= 0:
         reasons.append(f"needs a positive scale, got {scale}")
     return reasons
@@ -98,15 +101,15 @@ def _kernel(
     start = block * tile.queries
     factor = setting.scale * LOG2_E
     offset = q_offset[batch] if setting.offset is None else setting.offset
-    nope = read(q_nope, batch, start, tile.queries, head)
-    rope = read(q_rope, batch, start, tile.queries, head)
+    of_keys = head // (q_nope.shape[2] // k_nope.shape[2])
+    queries = read_parts(q_nope, q_rope, batch, start, tile.queries, head, head)
     marks = None if q_segments is None else read_row(q_segments, (batch,), start, tile.queries, -1)
 
     def step(masked, j, carry):
         mixed, top, total = carry
         first = j * tile.keys
-        score = plt.dot(nope, read(k_nope, batch, first, tile.keys, head), trans_b=True)
-        score += plt.dot(rope, read(k_rope, batch, first, tile.keys), trans_b=True)
+        keys = read_parts(k_nope, k_rope, batch, first, tile.keys, of_keys, None)
+        score = product(queries, keys)
         seen = visible(
             start, first, tile, offset if masked else None, k_nope.shape[1],
             marks, None if marks is None else read_row(k_segments, (batch,), first, tile.keys, -2),
@@ -116,12 +119,11 @@ def _kernel(
         new = jnp.maximum(top, score.max(axis=1))
         fade = exp2((top - new) * factor, setting.interpret)
         weight = exp2(score * factor - (new * factor)[:, None], setting.interpret)
-        values = read(v, batch, first, tile.keys, head)
+        values = read(v, batch, first, tile.keys, of_keys)
         mixed = mixed * fade[:, None] + plt.dot(weight.astype(values.dtype), values)
         return mixed, new, total * fade + weight.sum(axis=1)
 
-    keys = k_nope.shape[1]
-    full, end = key_blocks(start + offset, tile, keys)
+    full, end = key_blocks(start + offset, tile, k_nope.shape[1])
     first = 0
     if ranges is not None:
         first, last = ranges[batch, block, 0], ranges[batch, block, 1]
@@ -246,6 +248,20 @@ def read(ref, batch, start, size: int, head=None) -> jax.Array:
     if mask is None:
         return plt.load(ref.at[index])
     return plt.load(ref.at[index], mask=mask, other=0.0)
+
+
+def read_parts(nope, rope, batch, start, size: int, head, rope_head) -> tuple[jax.Array, ...]:
+    """The parts that scores are sums over: nope, and rope where there is one."""
+    first = read(nope, batch, start, size, head)
+    return (first,) if rope is None else (first, read(rope, batch, start, size, rope_head))
+
+
+def product(left: tuple[jax.Array, ...], right: tuple[jax.Array, ...]) -> jax.Array:
+    """[rows of left, rows of right]: the products of their parts, summed."""
+    return sum(
+        (plt.dot(a, b, trans_b=True) for a, b in zip(left[1:], right[1:], strict=True)),
+        plt.dot(left[0], right[0], trans_b=True),
+    )
 
 
 def write(ref, value: jax.Array, batch, start, head=None) -> None:

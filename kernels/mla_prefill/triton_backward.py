@@ -25,7 +25,9 @@ from deepzoo.kernels.mla_prefill.triton import (
     clipped,
     exp2,
     key_blocks,
+    product,
     read,
+    read_parts,
     read_row,
     visible,
     write,
@@ -36,7 +38,11 @@ def backward(
     q_nope, q_rope, k_nope, k_rope, v, q_segments, k_segments, out, lse, d_out, d_lse, *,
     scale, q_offset, interpret=False, tiles=None,
 ):  # fmt: skip
-    """(dq_nope, dq_rope, dk_nope, dk_rope, dv), see `api`; `tiles` overrides the choice."""
+    """(dq_nope, dq_rope, dk_nope, dk_rope, dv), see `api`; `tiles` overrides the choice.
+
+    Without rope parts their gradients are None. With fewer heads of keys than of queries, the
+    gradients to keys and values are written per query head too, and summed.
+    """
     batch, queries, heads, _ = q_nope.shape
     keys = k_nope.shape[1]
     # [B, H, T], so that a block of a head's rows is contiguous.
@@ -65,25 +71,39 @@ def backward(
     to_queries, to_keys = (
         clipped(t, queries, keys) for t in (tiles or _tiles(q_nope.dtype, width))
     )
-    dq_nope, dq_rope = call(
+
+    def like(a, dtype=None, heads=None):
+        shape = (*a.shape[:2], a.shape[2] if heads is None else heads, a.shape[-1])
+        return jax.ShapeDtypeStruct(shape, dtype or a.dtype)
+
+    ropes = [] if q_rope is None else [q_rope]
+    to_q = call(
         _queries_kernel, to_queries, "queries", to_queries.queries, to_queries.keys,
-        [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q_nope, q_rope)],
+        [like(a) for a in (q_nope, *ropes)],
     )  # fmt: skip
-    per_head = jax.ShapeDtypeStruct((batch, keys, heads, k_rope.shape[-1]), jnp.float32)
-    dk_nope, dk_rope, dv = call(
-        _keys_kernel, to_keys, "keys", to_keys.keys, to_keys.queries,
-        [
-            jax.ShapeDtypeStruct(k_nope.shape, k_nope.dtype),
-            per_head,
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
-        ],
-    )  # fmt: skip
-    return dq_nope, dq_rope, dk_nope, dk_rope.sum(axis=2).astype(k_rope.dtype), dv
+    shared = k_nope.shape[2] != heads
+    own = {"dtype": jnp.float32, "heads": heads} if shared else {}
+    outs = [like(k_nope, **own)]
+    outs += [] if q_rope is None else [like(k_rope, jnp.float32, heads)]
+    outs += [like(v, **own)]
+    to_k = call(_keys_kernel, to_keys, "keys", to_keys.keys, to_keys.queries, outs)
+
+    def summed(d, a):
+        if d.shape == a.shape:
+            return d
+        d = d.reshape(*d.shape[:2], *((a.shape[2], -1) if a.ndim == 4 else (-1,)), d.shape[-1])
+        return d.sum(axis=-2).astype(a.dtype)
+
+    dk_nope, *dk_rope, dv = to_k
+    dk_nope, dv = summed(dk_nope, k_nope), summed(dv, v)
+    if q_rope is None:
+        return to_q[0], None, dk_nope, None, dv
+    return to_q[0], to_q[1], dk_nope, summed(dk_rope[0], k_rope), dv
 
 
 def _queries_kernel(
     q_nope, q_rope, k_nope, k_rope, v, d_out, lse2, delta, q_segments, k_segments, q_offset,
-    ranges, dq_nope, dq_rope, *, setting: Setting,
+    ranges, *outs, setting: Setting,
 ):  # fmt: skip
     tile = setting.tile
     head, batch = pl.program_id(0), pl.program_id(2)
@@ -91,30 +111,27 @@ def _queries_kernel(
     start = block * tile.queries
     factor = setting.scale * LOG2_E
     offset = q_offset[batch] if setting.offset is None else setting.offset
-    nope = read(q_nope, batch, start, tile.queries, head)
-    rope = read(q_rope, batch, start, tile.queries, head)
+    of_keys = head // (q_nope.shape[2] // k_nope.shape[2])
+    queries = read_parts(q_nope, q_rope, batch, start, tile.queries, head, head)
     gradient = read(d_out, batch, start, tile.queries, head)
     lses = read_row(lse2, (batch, head), start, tile.queries, 0.0)
     deltas = read_row(delta, (batch, head), start, tile.queries, 0.0)
     marks = None if q_segments is None else read_row(q_segments, (batch,), start, tile.queries, -1)
 
     def step(masked, j, carry):
-        to_nope, to_rope = carry
         first = j * tile.keys
-        keys = read(k_nope, batch, first, tile.keys, head)
-        ropes = read(k_rope, batch, first, tile.keys)
-        score = plt.dot(nope, keys, trans_b=True) + plt.dot(rope, ropes, trans_b=True)
-        weight = exp2(score * factor - lses[:, None], setting.interpret)
+        keys = read_parts(k_nope, k_rope, batch, first, tile.keys, of_keys, None)
+        weight = exp2(product(queries, keys) * factor - lses[:, None], setting.interpret)
         seen = visible(
             start, first, tile, offset if masked else None, k_nope.shape[1],
             marks, None if marks is None else read_row(k_segments, (batch,), first, tile.keys, -2),
         )  # fmt: skip
         if seen is not None:
             weight = jnp.where(seen, weight, 0.0)
-        values = read(v, batch, first, tile.keys, head)
+        values = read(v, batch, first, tile.keys, of_keys)
         d_weight = plt.dot(gradient, values, trans_b=True)
-        d_score = (weight * (d_weight - deltas[:, None])).astype(keys.dtype)
-        return to_nope + plt.dot(d_score, keys), to_rope + plt.dot(d_score, ropes)
+        d_score = (weight * (d_weight - deltas[:, None])).astype(values.dtype)
+        return tuple(a + plt.dot(d_score, b) for a, b in zip(carry, keys, strict=True))
 
     full, end = key_blocks(start + offset, tile, k_nope.shape[1])
     first = 0
@@ -122,16 +139,16 @@ def _queries_kernel(
         first = ranges[batch, block, 0]
         end = jnp.minimum(end, ranges[batch, block, 1])
         full = jnp.clip(full, first, end)
-    carry = tuple(jnp.zeros(a.shape, jnp.float32) for a in (nope, rope))
+    carry = tuple(jnp.zeros(a.shape, jnp.float32) for a in queries)
     carry = jax.lax.fori_loop(first, full, partial(step, False), carry)
     carry = jax.lax.fori_loop(full, end, partial(step, True), carry)
-    for ref, value in zip((dq_nope, dq_rope), carry, strict=True):
+    for ref, value in zip(outs, carry, strict=True):
         write(ref, (value * setting.scale).astype(ref.dtype), batch, start, head)
 
 
 def _keys_kernel(
     q_nope, q_rope, k_nope, k_rope, v, d_out, lse2, delta, q_segments, k_segments, q_offset,
-    ranges, dk_nope, dk_rope, dv, *, setting: Setting,
+    ranges, *outs, setting: Setting,
 ):  # fmt: skip
     tile = setting.tile
     # The first keys are seen by most queries, and they start first.
@@ -139,22 +156,20 @@ def _keys_kernel(
     first = block * tile.keys
     factor = setting.scale * LOG2_E
     offset = q_offset[batch] if setting.offset is None else setting.offset
-    keys = read(k_nope, batch, first, tile.keys, head)
-    ropes = read(k_rope, batch, first, tile.keys)
-    values = read(v, batch, first, tile.keys, head)
+    of_keys = head // (q_nope.shape[2] // k_nope.shape[2])
+    keys = read_parts(k_nope, k_rope, batch, first, tile.keys, of_keys, None)
+    values = read(v, batch, first, tile.keys, of_keys)
     marks = None if k_segments is None else read_row(k_segments, (batch,), first, tile.keys, -2)
 
     def step(masked, i, carry):
-        to_nope, to_rope, to_value = carry
+        *to_keys, to_value = carry
         start = i * tile.queries
         # Rows beyond the queries come as zeros, and so does what they add.
-        nope = read(q_nope, batch, start, tile.queries, head)
-        rope = read(q_rope, batch, start, tile.queries, head)
+        queries = read_parts(q_nope, q_rope, batch, start, tile.queries, head, head)
         gradient = read(d_out, batch, start, tile.queries, head)
         lses = read_row(lse2, (batch, head), start, tile.queries, 0.0)
         deltas = read_row(delta, (batch, head), start, tile.queries, 0.0)
-        score = plt.dot(keys, nope, trans_b=True) + plt.dot(ropes, rope, trans_b=True)
-        weight = exp2(score * factor - lses[None, :], setting.interpret)
+        weight = exp2(product(keys, queries) * factor - lses[None, :], setting.interpret)
         seen = None
         if masked:
             rows = start + jnp.arange(tile.queries)[None, :] + offset
@@ -165,27 +180,26 @@ def _keys_kernel(
         if seen is not None:
             weight = jnp.where(seen, weight, 0.0)
         d_weight = plt.dot(values, gradient, trans_b=True)
-        d_score = (weight * (d_weight - deltas[None, :])).astype(nope.dtype)
+        d_score = (weight * (d_weight - deltas[None, :])).astype(values.dtype)
         return (
-            to_nope + plt.dot(d_score, nope),
-            to_rope + plt.dot(d_score, rope),
+            *(a + plt.dot(d_score, b) for a, b in zip(to_keys, queries, strict=True)),
             to_value + plt.dot(weight.astype(gradient.dtype), gradient),
         )
 
-    queries = q_nope.shape[1]
-    begin = jnp.clip(first - offset, 0, queries) // tile.queries
-    full = pl.cdiv(jnp.clip(first + tile.keys - 1 - offset, 0, queries), tile.queries)
-    end = pl.cdiv(queries, tile.queries)
+    count = q_nope.shape[1]
+    begin = jnp.clip(first - offset, 0, count) // tile.queries
+    full = pl.cdiv(jnp.clip(first + tile.keys - 1 - offset, 0, count), tile.queries)
+    end = pl.cdiv(count, tile.queries)
     if ranges is not None:
         end = jnp.minimum(end, ranges[batch, block, 1])
         begin = jnp.minimum(jnp.maximum(begin, ranges[batch, block, 0]), end)
         full = jnp.clip(full, begin, end)
-    carry = tuple(jnp.zeros(a.shape, jnp.float32) for a in (keys, ropes, values))
+    carry = tuple(jnp.zeros(a.shape, jnp.float32) for a in (*keys, values))
     carry = jax.lax.fori_loop(begin, full, partial(step, True), carry)
-    to_nope, to_rope, to_value = jax.lax.fori_loop(full, end, partial(step, False), carry)
-    for ref, value in ((dk_nope, to_nope), (dk_rope, to_rope)):
-        write(ref, (value * setting.scale).astype(ref.dtype), batch, first, head)
-    write(dv, to_value.astype(dv.dtype), batch, first, head)
+    carry = jax.lax.fori_loop(full, end, partial(step, False), carry)
+    for n, (ref, value) in enumerate(zip(outs, carry, strict=True)):
+        factor = 1.0 if n == len(keys) else setting.scale  # the last are the values
+        write(ref, (value * factor).astype(ref.dtype), batch, first, head)
 
 
 def _tiles(dtype: Any, width: int) -> tuple[Tile, Tile]:

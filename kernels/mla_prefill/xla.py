@@ -3,9 +3,12 @@
 The queries are cut into spans, each of which reads only the keys before its end; a span runs
 through its chunks in a loop that writes its results in place, so that one chunk's scores at a time
 are alive. Written for CPUs too, where a training step spends a good part of its time here: heads
-are batch dimensions of every product, and a chunk's scores fit a cache.
+are batch dimensions of every product, and a chunk's scores fit a cache. The rope parts may be None,
+for grouped-query attention.
 B batch  T query  S key  H heads  N nope  R rope  V value
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +23,11 @@ def forward(
 ):  # fmt: skip
     """(out, lse), see `api.mla_prefill`; `chunk` and `spans` are for tests."""
     del interpret
-    q_nope, q_rope, k_nope, v = (a.swapaxes(1, 2) for a in (q_nope, q_rope, k_nope, v))
+    q_nope, q_rope, k_nope, v = (_heads_first(a) for a in (q_nope, q_rope, k_nope, v))
 
     def rows(start, size, seen, carry):
         nope, rope = (_rows(a, start, size) for a in (q_nope, q_rope))
-        score = _scores(nope, rope, k_nope[:, :, :seen], k_rope[:, :seen], scale)
+        score = _scores(nope, rope, k_nope[:, :, :seen], k_rope, scale)
         score = jnp.where(
             _visible(start, size, seen, q_offset, q_segments, k_segments), score, -jnp.inf
         )
@@ -48,42 +51,46 @@ def backward(
 ):  # fmt: skip
     """(dq_nope, dq_rope, dk_nope, dk_rope, dv), see `api`."""
     del interpret
-    dtypes = [a.dtype for a in (q_nope, q_rope, k_nope, k_rope, v)]
+    likes = (q_nope, q_rope, k_nope, k_rope, v)
     lse, delta = (a.swapaxes(1, 2)[..., None] for a in row_terms(out, lse, d_out, d_lse))
     q_nope, q_rope, k_nope, v, d_out = (
-        a.swapaxes(1, 2) for a in (q_nope, q_rope, k_nope, v, d_out.astype(v.dtype))
+        _heads_first(a) for a in (q_nope, q_rope, k_nope, v, d_out.astype(v.dtype))
     )
 
     def rows(start, size, seen, carry):
         nope, rope, gradient, lses, deltas = (
             _rows(a, start, size) for a in (q_nope, q_rope, d_out, lse, delta)
         )
-        keys, ropes, values = k_nope[:, :, :seen], k_rope[:, :seen], v[:, :, :seen]
-        score = _scores(nope, rope, keys, ropes, scale)
+        keys, values = k_nope[:, :, :seen], v[:, :, :seen]
+        score = _scores(nope, rope, keys, k_rope, scale)
         seen_by = _visible(start, size, seen, q_offset, q_segments, k_segments)
         weight = jnp.where(seen_by, jnp.exp(score - lses), 0.0)
         d_weight = _dot("bhtv,bhsv->bhts", gradient, values)
         d_score = (weight * (d_weight - deltas) * scale).astype(nope.dtype)
-        d_query = (
-            _dot("bhts,bhsn->bhtn", d_score, keys), _dot("bhts,bsr->bhtr", d_score, ropes)
-        )  # fmt: skip
-        d_keys = (
+        d_query = [_dot("bhts,bhsn->bhtn", d_score, keys)]
+        d_keys = [
             _dot("bhts,bhtn->bhsn", d_score, nope),
-            _dot("bhts,bhtr->bsr", d_score, rope),
             _dot("bhts,bhtv->bhsv", weight.astype(v.dtype), gradient),
-        )
+        ]
+        if rope is not None:
+            d_query.append(_dot("bhts,bsr->bhtr", d_score, k_rope[:, :seen]))
+            d_keys.append(_dot("bhts,bhtr->bsr", d_score, rope))
         to_query, to_keys = carry
         return _put(to_query, d_query, start), tuple(map(_add_in_front, to_keys, d_keys))
 
+    ropes = [] if q_rope is None else [(q_rope, k_rope)]
     carry = (
-        tuple(jnp.zeros_like(a) for a in (q_nope, q_rope)),
-        tuple(jnp.zeros(a.shape, jnp.float32) for a in (k_nope, k_rope, v)),
+        tuple(jnp.zeros_like(a) for a in (q_nope, *(q for q, _ in ropes))),
+        tuple(jnp.zeros(a.shape, jnp.float32) for a in (k_nope, v, *(k for _, k in ropes))),
     )
     sizes = (q_nope.shape[2], k_nope.shape[2])
-    to_query, (dk_nope, dk_rope, dv) = _walk(rows, carry, *sizes, q_offset, chunk, spans)
-    d_all = (*to_query, dk_nope, dk_rope, dv)
-    d_all = (a if a.ndim == 3 else a.swapaxes(1, 2) for a in d_all)
-    return tuple(a.astype(t) for a, t in zip(d_all, dtypes, strict=True))
+    to_query, to_keys = _walk(rows, carry, *sizes, q_offset, chunk, spans)
+    (dq_nope, *dq_rope), (dk_nope, dv, *dk_rope) = to_query, to_keys
+    d_all = (dq_nope, *(dq_rope or [None]), dk_nope, *(dk_rope or [None]), dv)
+    return tuple(
+        None if d is None else (d if d.ndim == 3 else d.swapaxes(1, 2)).astype(like.dtype)
+        for d, like in zip(d_all, likes, strict=True)
+    )
 
 
 def row_terms(out, lse, d_out, d_lse):
@@ -98,8 +105,14 @@ def _dot(equation: str, *arrays: jax.Array) -> jax.Array:
     return jnp.einsum(equation, *arrays, preferred_element_type=jnp.float32)
 
 
+def _heads_first(a: Any) -> Any:
+    return None if a is None else a.swapaxes(1, 2)
+
+
 def _scores(q_nope, q_rope, k_nope, k_rope, scale):
-    score = _dot("bhtn,bhsn->bhts", q_nope, k_nope) + _dot("bhtr,bsr->bhts", q_rope, k_rope)
+    score = _dot("bhtn,bhsn->bhts", q_nope, k_nope)
+    if q_rope is not None:
+        score += _dot("bhtr,bsr->bhts", q_rope, k_rope[:, : k_nope.shape[2]])
     return score * scale
 
 
@@ -133,8 +146,8 @@ def _walk(rows, carry, queries: int, keys: int, q_offset, chunk: int, spans: int
     return carry
 
 
-def _rows(a: jax.Array, start, size: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(a, start, size, axis=2)
+def _rows(a: Any, start, size: int) -> Any:
+    return None if a is None else jax.lax.dynamic_slice_in_dim(a, start, size, axis=2)
 
 
 def _put(arrays, parts, start):

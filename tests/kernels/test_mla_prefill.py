@@ -43,7 +43,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("spans", [1, 3, 8])
+@pytest.mark.parametrize("spans", [1, 3])
 def test_forward_and_backward_equal_the_reference(case, spans):
     sizes, options = CASES[case]
     arrays = inputs(**sizes)
@@ -131,7 +131,7 @@ def test_memory_grows_linearly_with_the_sequence():
         compiled = jax.jit(jax.grad(loss, argnums=tuple(range(5)))).lower(*arrays).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert scratch(8192) < 2.5 * scratch(4096)
+    assert scratch(4096) < 2.5 * scratch(2048)
 
 
 def test_a_checkpoint_that_keeps_the_results_runs_no_second_forward():
