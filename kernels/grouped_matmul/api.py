@@ -138,14 +138,13 @@ def _check(name: str, x: jax.Array, group_sizes: jax.Array, matrices: dict) -> N
         raise ValueError(f"{name}: group_sizes must be integers, got {group_sizes.dtype}")
 
 
-@partial(jax.jit, static_argnums=0)
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(how: _How, x, w, w_scale, group_sizes):
+def _matmul_rule(how: _How, x, w, w_scale, group_sizes):
     return forms.product(how, (x,), (w,), (w_scale,), group_sizes)
 
 
 def _matmul_fwd(how: _How, x, w, w_scale, group_sizes):
-    return _matmul(how, x, w, w_scale, group_sizes), (x, w, w_scale, group_sizes)
+    return _matmul_rule(how, x, w, w_scale, group_sizes), (x, w, w_scale, group_sizes)
 
 
 def _matmul_bwd(how: _How, saved, gradient):
@@ -173,12 +172,12 @@ def _zeros(scale):
     return None if scale is None else jnp.zeros_like(scale)
 
 
-_matmul.__wrapped__.defvjp(_matmul_fwd, _matmul_bwd)
+_matmul_rule.defvjp(_matmul_fwd, _matmul_bwd)
+_matmul = jax.jit(_matmul_rule, static_argnums=0)
 
 
-@partial(jax.jit, static_argnums=0)
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _swiglu(how: _How, x, ws, scales, group_sizes):
+def _swiglu_rule(how: _How, x, ws, scales, group_sizes):
     return forms.swiglu(how, x, ws, scales, group_sizes)[0]
 
 
@@ -201,4 +200,5 @@ def _swiglu_bwd(how: _How, saved, gradient):
     return to_x, to_ws, tuple(_zeros(scale) for scale in scales), None
 
 
-_swiglu.__wrapped__.defvjp(_swiglu_fwd, _swiglu_bwd)
+_swiglu_rule.defvjp(_swiglu_fwd, _swiglu_bwd)
+_swiglu = jax.jit(_swiglu_rule, static_argnums=0)

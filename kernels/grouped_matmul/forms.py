@@ -51,9 +51,9 @@ def product(how: Any, xs, ws, scales, group_sizes, *, transposed: bool = False) 
         )
 
     def in_tokamax(xs, ws, scales, sizes):
-        from deepzoo.kernels.grouped_matmul import tokamax
+        from deepzoo.kernels.grouped_matmul import peer
 
-        return tokamax.rows_times_groups(xs[0], ws[0], sizes)
+        return peer.rows_times_groups(xs[0], ws[0], sizes)
 
     mosaic = Form(in_mosaic, partial(_mosaic_refusals, how, xs, ws, scales, transposed=transposed))
     triton = Form(in_triton, partial(_triton_refusals, how, xs, ws))
@@ -110,10 +110,10 @@ def swiglu(how: Any, x, ws, scales, group_sizes, *, keep: bool = False) -> tuple
 def outer(how: Any, left, right, group_sizes, dtype) -> jax.Array:
     """Each group's own sum of outer products, left [M, N] and right [M, K] -> [E, N, K]."""
 
-    def in_triton(*arrays):
+    def in_triton(left, right, sizes):
         from deepzoo.kernels.grouped_matmul import triton
 
-        return triton.group_outer(*arrays, dtype, interpret=how.interpret)
+        return triton.group_outer(left, right, sizes, dtype, interpret=how.interpret)
 
     triton = Form(in_triton, partial(_triton_refusals, how, (left, right), ()))
     known = {
@@ -128,7 +128,7 @@ def outer(how: Any, left, right, group_sizes, dtype) -> jax.Array:
 
 
 def _ordered(x, w, mosaic: Form, triton: Form, in_xla: Form) -> dict[str, Form]:
-    """Forms by name, best first: Mosaic's tiles are 64 rows at least, too many for a decode step."""
+    """Forms by name, best first: Mosaic's tiles have too many rows for a decode step."""
     if tiles.rows_of_a_tile(x.shape[0], w.shape[0]) < 64:
         return {"triton": triton, "mosaic": mosaic, "xla": in_xla}
     return {"mosaic": mosaic, "triton": triton, "xla": in_xla}

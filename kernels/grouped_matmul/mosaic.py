@@ -1,10 +1,10 @@
 """Grouped matmul for Hopper's tensor cores (Mosaic GPU, sm_90): rows times matrices, and SwiGLU.
 
 Blocks stay on their cores and work through output tiles, 128 rows high; each finds its tiles by
-walking along the group sizes once, so that nothing runs before the kernel. In a block, one warpgroup copies operands to shared memory (TMA), four steps of 64 ahead and on into the next tile,
-while two multiply, each 64 of the rows: so the copies of a tile hide the previous one's stores. A
-warpgroup whose rows are all another group's rests, so that a group's last tile costs half a tile
-less than its height suggests.
+walking along the group sizes once, so that nothing runs before the kernel. In a block, one
+warpgroup copies operands to shared memory (TMA), four steps of 64 ahead and on into the next tile,
+while two multiply, each 64 of the rows: so a tile's copies hide the previous one's stores. A
+warpgroup whose rows are all another group's rests, so a group's last tile may cost half a tile.
 
 TMA moves rows in eights: tiles start at the multiple of 8 at or below their group's first row, and
 of what they compute exactly the group's rows are stored. 64 rows that are all the group's leave in
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 
 HALF = 64  # rows of a multiplying warpgroup
 HEIGHT = 2 * HALF
@@ -29,6 +29,7 @@ DEPTH = 64  # of a step: 128 bytes, the widest swizzle
 CHUNK = 64  # columns that are stored at a time
 _ALIGN = 8
 _i32 = jnp.int32
+plgpu: Any = mosaic_gpu  # its own annotations call its classes abstract and private
 
 
 class Config(NamedTuple):
@@ -66,7 +67,9 @@ def swiglu(
 ) -> tuple[jax.Array, ...]:
     """silu(x gate[e]^T) * (x up[e]^T) -> ([M, N],), and with `keep` the two products as well."""
     outputs = 3 if keep else 1
-    return _run(config or Config(256), (x,), ws, group_sizes, outputs, False, interpret, halves=True)
+    return _run(
+        config or Config(256), (x,), ws, group_sizes, outputs, False, interpret, halves=True
+    )
 
 
 def tile_count(rows: int, groups: int) -> int:
@@ -77,8 +80,8 @@ def tile_count(rows: int, groups: int) -> int:
 
 
 class Place(NamedTuple):
-    """How far a block has read the group sizes: a group, its first row, the tiles before it, and the
-    tiles it needs. Rows of nobody are group E."""
+    """How far a block has read the group sizes: a group, its first row, the tiles before it, and
+    the tiles it needs. Rows of nobody are group E."""
 
     group: Any
     start: Any
@@ -86,11 +89,9 @@ class Place(NamedTuple):
     needed: Any
 
 
-def find(
-    size_ref: Any, rows: int, groups: int, tile: Any, place: Place
-) -> tuple[Place, Any]:
-    """The place of the group that has a tile, and the group's end, from an earlier place; beyond group
-    E if no group has it."""
+def find(size_ref: Any, rows: int, groups: int, tile: Any, place: Place) -> tuple[Place, Any]:
+    """The place of the group that has a tile, and the group's end, from an earlier place; beyond
+    group E if no group has it."""
 
     def at(group, start, before):
         size = jnp.where(
@@ -140,7 +141,7 @@ def _run(
     tiles = tile_count(rows, groups + 1) * across
     programs = min(_cores(), tiles)
     # Each loop: which rows, and which matrices are multiplied with them in one step.
-    loops = (((0, (0, 1)),) if halves else tuple((p, (p,)) for p in range(len(ws))))
+    loops = ((0, (0, 1)),) if halves else tuple((p, (p,)) for p in range(len(ws)))
     sums = 2 if halves else 1
 
     def body(*refs):

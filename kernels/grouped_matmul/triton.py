@@ -12,6 +12,7 @@ M rows  K input width  N output width  E groups
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ def _at(ref, *index):
     ]
 
 
-def _load(ref, *index, rows_end: int | None, columns_end: int | None):
+def _load(ref, *index, rows_end: Any, columns_end: Any):
     """A tile of `ref`, zeros beyond the ends that are given."""
     *_, rows, columns = index
     masks = [
@@ -201,7 +202,7 @@ def _rows(
     )  # fmt: skip
     arrays = [group_sizes, *xs]
     for w in ws:
-        native = (capability or (0, 0)) >= (8, 9)
+        native = capability is not None and capability >= (8, 9)
         if w.dtype == jnp.float8_e4m3fn and not native:
             w = jax.lax.bitcast_convert_type(w, jnp.int8)
         arrays.append(w)

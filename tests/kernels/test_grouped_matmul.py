@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from deepzoo.kernels.block_fp8 import dequantize, quantize
 from deepzoo.kernels.dispatch import UnsupportedError
-from deepzoo.kernels.grouped_matmul import grouped_matmul, grouped_swiglu, reference, tiles
+from deepzoo.kernels.grouped_matmul import (
+    cases,
+    grouped_matmul,
+    grouped_swiglu,
+    reference,
+    tiles,
+)
 from deepzoo.kernels.grouped_matmul import triton as kernels
 from deepzoo.kernels.grouped_matmul.tiles import Tile
 
@@ -256,3 +262,23 @@ def test_wrong_shapes_lonely_scales_and_impossible_forms_are_refused():
         grouped_matmul(x, w, sizes, implementation="tokamax")
     with pytest.raises(UnsupportedError, match="no implementation 'tokamax'"):
         grouped_swiglu(x, w, w, sizes, implementation="tokamax")
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in cases.CASES if c.name.startswith(("V2-Lite", "V3 dec"))]
+)
+def test_the_xla_form_is_dense_on_no_platform(case):
+    """Scratch memory of the program compiled for this platform; test_compiled.py asserts the same
+    bounds in programs for GPUs."""
+    compiled = jax.jit(case.bind("xla")).lower(*case.abstract()).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < case.temp
+
+
+def test_cases_measure_what_they_compare():
+    """Each case's float64 reference against its XLA form, at its own sampled rows, where small."""
+    small = [c for c in cases.CASES if c.name.startswith("nano")]
+    assert len(small) > 3
+    for case in small:
+        inputs = case.inputs(0)
+        out = case.outputs(np.asarray(case.bind("xla")(*inputs), np.float64))
+        assert error(out, case.reference(*jax.tree.map(np.asarray, inputs))) < 1e-2

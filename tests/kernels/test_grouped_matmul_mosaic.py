@@ -88,7 +88,7 @@ def test_float8_matrices_go_to_the_float8_kernel():
 @given(sizes=st.lists(st.integers(0, 300), min_size=1, max_size=6), spare=st.integers(0, 200))
 @settings(max_examples=200)
 def test_tiles_that_blocks_find_cover_every_row_once(sizes, spare):
-    """`find` by hand: every row of every group, and nobody's, is in one tile of the static count."""
+    """`find` by hand: every row, and nobody's, is in one tile of the static count."""
     rows = max(-(-(sum(sizes) + spare) // 8) * 8, mosaic.HEIGHT)
     groups, owner = len(sizes), np.full(rows, -1)
     walk = _walker(groups, rows)
