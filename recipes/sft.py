@@ -1,0 +1,168 @@
+"""Supervised fine-tuning on packed conversations, prompts with completions, or plain text.
+
+    deepzoo train sft --preset nano --out DIR
+
+Papers: V3's fine-tuning (arXiv 2412.19437, 5.1): 1.5M samples, 2 epochs, cosine from 5e-6 to 1e-6,
+several samples in a row that do not see each other. R1 (arXiv 2501.12948; supplement B.4.2 of the
+article in Nature 645, 2025): the cold start and the fine-tuning on 800K samples, cosine from 5e-5
+to 5e-6, 32,768 tokens, batches of 128, two to three epochs from V3-Base.
+
+Only completions are learned (`recipes/parts/documents.py` says what a record may hold).
+
+Deviations:
+* the papers do not say what happens with samples longer than a row: `overlong` asks;
+* AdamW as in pretraining (betas 0.9 and 0.95); the papers do not name it for this stage.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from deepzoo import zoo
+from deepzoo.recipes.parts import problems as tasks
+from deepzoo.recipes.parts.accuracy import measure
+from deepzoo.recipes.parts.bias import split_bias, with_bias
+from deepzoo.recipes.parts.documents import Documents, documents, encoded, pair
+from deepzoo.recipes.parts.flops import flops_per_token
+from deepzoo.recipes.parts.losses import next_token
+from deepzoo.recipes.parts.main import main
+from deepzoo.recipes.parts.optim import Bytes, adamw
+from deepzoo.recipes.parts.records import DataError, read
+from deepzoo.recipes.parts.rows import Overlong, Rows
+from deepzoo.recipes.parts.run import Options, Run
+from deepzoo.recipes.parts.schedules import scaled, warmup_cosine
+from deepzoo.recipes.parts.step import State, jitted, start, train_step
+from deepzoo.zoo.fingerprint import leaf_fingerprint
+from deepzoo.zoo.types import Model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """One fine-tuning."""
+
+    model: str = "v2-nano"
+    """Where it starts: a shipped model or a directory."""
+    data: str = ""
+    """File or folder of records; instead of `task`."""
+    task: str = "arithmetic-long"
+    """Problems whose written-out solutions are learned, where there is no `data`."""
+    samples: int = 1024
+    """Solutions of `task` to learn from."""
+    format: str | None = None
+    """Chat format, instead of the model's own."""
+    epochs: int = 2
+    """Times that each sample is seen."""
+    rows: int = 8
+    """Rows of a batch."""
+    length: int = 256
+    """Tokens of a row."""
+    split: bool = False
+    """Cut the joined samples into full rows, instead of keeping each whole."""
+    masked: bool = True
+    """Samples of a row do not see each other."""
+    overlong: Overlong = "error"
+    """What to do with a sample that is longer than a row."""
+    rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    last: float = 0.1
+    """Share of the peak that is left at the end of the cosine."""
+    warmup: float = 0.03
+    """Share of the steps in which the rate rises."""
+    weight_decay: float = 0.0
+    """Of the matrices."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    accumulate: int = 1
+    """Micro-batches of a batch."""
+    remat: bool = False
+    """Compute each layer again in the backward pass, to save memory."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the model's arithmetic; parameters are kept in float32."""
+    moments: Bytes = "float32"
+    """Dtype of the optimiser's state."""
+    evaluate_every: int = 0
+    """Steps between evaluations on held-out problems of `task`; 0 for one at the end."""
+    held_out: int = 200
+    """Problems of an evaluation; 0 for none."""
+    seed: int = 0
+    """Of the order of samples."""
+
+
+_R1 = Recipe(
+    model="deepseek-v3-base", data="data", task="", epochs=2, rows=128, length=32768, rate=5e-5,
+    warmup=0.0, weight_decay=0.1, accumulate=128, remat=True, compute="bfloat16", held_out=0,
+)  # fmt: skip
+PRESETS = {
+    "nano": Recipe(),
+    "v3_sft": dataclasses.replace(_R1, rate=5e-6, last=0.2),
+    "r1_cold_start": _R1,
+    "r1_sft": _R1,
+}
+
+
+def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
+    """Fine-tunes; writes `out`/model in the published layout and returns it.
+
+    Called again for the same directory, it goes on from the newest checkpoint.
+
+    Raises:
+        DataError: the data cannot be used; with file and line.
+    """
+    model = zoo.load(recipe.model, dtype="float32", mtp=False, stacked=True)
+    config = model.config
+    made = samples(recipe, model)
+    rows = Rows(
+        made, rows=recipe.rows, length=recipe.length, split=recipe.split, masked=recipe.masked,
+        overlong=recipe.overlong, seed=recipe.seed,
+    )  # fmt: skip
+    steps = rows.steps(recipe.epochs)
+    factor = warmup_cosine(steps, round(recipe.warmup * steps), recipe.last)
+    optimiser = adamw(
+        split_bias(model.params)[0], scaled(recipe.rate, factor), decay=recipe.weight_decay,
+        state=recipe.moments,
+    )  # fmt: skip
+    step = train_step(
+        next_token(config, remat=recipe.remat), optimiser, recipe.accumulate, clip=recipe.clip,
+        compute=None if recipe.compute == "float32" else recipe.compute,
+    )  # fmt: skip
+    facts = {"tokens": int(made.starts[-1]), "data": leaf_fingerprint(made.tokens)}
+    with Run(out, recipe, options, model=config, tokenizer=model.tokenizer, facts=facts) as run:
+        state = run.state(lambda: start(model.params, optimiser, recipe.seed))
+
+        def whole(state: State) -> Model:
+            return model._replace(params=with_bias(state.params, state.bias), source=None)
+
+        def held_out(state: State) -> dict[str, Any]:
+            found = measure(
+                whole(state), tasks.task(recipe.task), recipe.held_out,
+                max_tokens=recipe.length, temperature=0.0,
+            )  # fmt: skip
+            return {"held_out": found.accuracy, "held_out_truncated": float(found.truncated.mean())}
+
+        hooks = []
+        if recipe.held_out and recipe.task:
+            hooks.append(run.every(recipe.evaluate_every, held_out, last=True))
+        state = run.fit(
+            jitted(step, state), state, rows, steps, on=hooks, tokens=recipe.rows * recipe.length,
+            flops=flops_per_token(config, recipe.length),
+        )  # fmt: skip
+        path = run.product("model", lambda path: zoo.save_hf(whole(state), path))
+    return zoo.load(path, dtype="float32")
+
+
+def samples(recipe: Recipe, model: Model) -> Documents:
+    """What is learned: records of `data`, or solutions of training problems of `task`."""
+    if recipe.data:
+        return encoded(model, read(recipe.data), format=recipe.format)
+    task = tasks.task(recipe.task)
+    if task.solution is None:
+        raise DataError(f"task {recipe.task} has no written solutions; give --data")
+    asked = tasks.batch(task.problems, recipe.samples, recipe.seed)
+    pairs = [
+        pair(model, p.prompt, task.solution(p), raw=p.raw, format=recipe.format) for p in asked
+    ]
+    return documents(pairs, [p.prompt for p in asked], model.config.vocab_size)
+
+
+if __name__ == "__main__":
+    main(train, PRESETS, __doc__)
