@@ -114,7 +114,7 @@ def ptxas() -> str | None:
     found = shutil.which("ptxas")
     if found:
         return found
-    folders = [Path("/usr/local/cuda"), Path("/opt/cuda")]
+    folders = [Path("/usr/local/cuda")]
     nvidia = importlib.util.find_spec("nvidia")
     if nvidia is not None and nvidia.submodule_search_locations:
         folders += [Path(p) / "cu13" for p in nvidia.submodule_search_locations]

@@ -74,7 +74,7 @@ def mosaic_shared(lowered: Any) -> int | None:
 
     for blob in blobs:
         context = mlir.make_ir_context()
-        core.dialect.register_dialect(context)
+        core.dialect.register_dialect(context)  # pyright: ignore[reportPrivateImportUsage]
         context.load_all_available_dialects()
         context.allow_unregistered_dialects = True
         with context, ir.Location.unknown():

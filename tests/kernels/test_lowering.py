@@ -59,7 +59,8 @@ def test_lowers_for_cuda(case: Case, form: str, gpu: str):
                 raise
             pytest.skip(f"refused on {gpu}: {error}")
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert _calls(text) == {form} - {"xla"}
+    # A Mosaic form may leave the small rest (a combine step) to Triton, but not the other way.
+    assert _calls(text) - ({"triton"} if form == "mosaic" else set()) == {form} - {"xla"}
 
 
 def _with_kernels() -> list:

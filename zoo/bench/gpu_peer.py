@@ -1,5 +1,6 @@
 """transformers on the same GPU with the same sizes, in a process of its own."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -58,7 +59,7 @@ def measure(
             f"{python}: cannot be run as the peer's Python: {error.strerror}"
         ) from None
     found: dict[str, tuple[float | None, str]] = {}
-    with process:
+    try:
         told(f"{against}: random weights")
         _ask(process, {"config": config.to_hf()}, against)
         for name, tokens, request in requests:
@@ -67,17 +68,21 @@ def measure(
             seconds = answer.get("seconds")
             said = f"peer: {answer['note']}" if answer.get("note") else ""
             found[name] = (tokens / seconds if seconds else None, said)
+    finally:
         process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):  # what it did not read any more
+                    stream.close()
     return found
 
 
 def _ask(process: "subprocess.Popen[str]", request: dict[str, Any], name: str) -> dict[str, Any]:
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-    try:
+    with contextlib.suppress(BrokenPipeError):  # what it said when it ended is read below
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
-    except BrokenPipeError:
-        pass  # what it said when it ended is read below
     line = process.stdout.readline()
     if not line:
         said = process.stderr.read().strip().splitlines() or ["nothing"]

@@ -6,6 +6,7 @@ as they are (cuDNN and SDPA want equal widths of keys and values), it gets what 
 it, padding included.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -33,7 +34,10 @@ class Peer(NamedTuple):
 
 def problem(case: Case) -> dict[str, Any] | None:
     """The sizes of a case as a peer needs them, or None where no peer has this operation."""
-    shapes = [tuple(a.shape) for a in jax.tree.leaves(case.abstract())]
+    leaves = jax.tree.leaves(case.abstract())
+    shapes = [tuple(a.shape) for a in leaves]
+    if case.operation == "grouped_matmul" and any(a.dtype == jnp.float8_e4m3fn for a in leaves):
+        return None
     read = {
         "mla_prefill": _attention,
         "mla_decode": _decode,
@@ -78,11 +82,13 @@ def _grouped_query(shapes: list[tuple[int, ...]]) -> dict[str, Any]:
 
 
 def _groups(shapes: list[tuple[int, ...]]) -> dict[str, Any] | None:
-    """x [M, K], w [E, N, K]."""
-    (rows, inner), (groups, outer, same) = shapes[:2]
-    return (
-        {"rows": rows, "inner": inner, "outer": outer, "groups": groups} if same == inner else None
-    )
+    """x [M, K], w [E, N, K], group_sizes [E]; with two w, the first half of SwiGLU."""
+    (rows, inner), (groups, outer, same), *rest = shapes
+    fused = rest[:1] == [(groups, outer, same)]
+    if same != inner or rest[fused : fused + 1] != [(groups,)]:
+        return None
+    sizes = {"rows": rows, "inner": inner, "outer": outer, "groups": groups}
+    return sizes | {"fused": fused}
 
 
 def _fp8(shapes: list[tuple[int, ...]]) -> dict[str, Any] | None:
@@ -138,14 +144,21 @@ def _cudnn(backward: bool) -> Callable[..., Any]:
     return run
 
 
-def _ragged_dot(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *_: Any) -> jax.Array:
-    return jax.lax.ragged_dot(x, w.swapaxes(1, 2), group_sizes)
+def _ragged_dot(x: jax.Array, *rest: Any) -> jax.Array:
+    *matrices, group_sizes = (a for a in rest if a is not None)  # no scales in bfloat16
+    return _swiglu([jax.lax.ragged_dot(x, w.swapaxes(1, 2), group_sizes) for w in matrices])
 
 
-def _equal_groups(x: jax.Array, w: jax.Array, *_: Any) -> jax.Array:
+def _equal_groups(x: jax.Array, *rest: Any) -> jax.Array:
     """As if every group had the same number of rows: what padded experts cost at their best."""
-    rows = x.shape[0] // w.shape[0] * w.shape[0]
-    return jnp.einsum("emk,enk->emn", x[:rows].reshape(w.shape[0], -1, x.shape[1]), w)
+    *matrices, group_sizes = (a for a in rest if a is not None)
+    rows = x.shape[0] // group_sizes.shape[0] * group_sizes.shape[0]
+    parts = x[:rows].reshape(group_sizes.shape[0], -1, x.shape[1])
+    return _swiglu([jnp.einsum("emk,enk->emn", parts, w) for w in matrices])
+
+
+def _swiglu(products: list[jax.Array]) -> jax.Array:
+    return products[0] if len(products) == 1 else jax.nn.silu(products[0]) * products[1]
 
 
 def _whole_logits(hidden: jax.Array, head: jax.Array, targets: jax.Array, *_: Any) -> Any:
@@ -178,17 +191,31 @@ class Torch:
             raise RequestError(
                 f"{python}: cannot be run as the peer's Python: {error.strerror}"
             ) from None
-        self.versions: dict[str, str] = self._read()
+        self.gone = False
+        try:
+            self.versions: dict[str, str] = self._read()
+        except RequestError:
+            self.close()
+            raise
 
     def measure(self, case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(name, what `Row` calls seconds, low, high, cold, note) of each of its kernels."""
+        """(name, what `Row` calls seconds, low, high, cold, note) of each of its kernels.
+
+        If the process ends, one row says so, and there are none after it.
+        """
         found = problem(case)
-        if found is None:
+        if found is None or self.gone:
             return
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(found) + "\n")
-        self.process.stdin.flush()
-        for answer in self._read()["rows"]:
+        try:
+            self.process.stdin.write(json.dumps(found) + "\n")
+            self.process.stdin.flush()
+            answers = self._read()["rows"]
+        except (RequestError, BrokenPipeError) as error:
+            self.gone = True
+            yield "torch", {"note": f"no further peers of torch: {error}"}
+            return
+        for answer in answers:
             yield answer.pop("name"), answer
 
     def _read(self) -> dict[str, Any]:
@@ -202,4 +229,8 @@ class Torch:
     def close(self) -> None:
         """Ends the process."""
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):  # what it did not read any more
+                    stream.close()
