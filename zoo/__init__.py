@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         stack,
         unstack,
     )
-    from deepzoo.zoo.generate import Completion, Statistics, generate, stream
+    from deepzoo.zoo.generate import Completion, Options, Statistics, generate, stream
     from deepzoo.zoo.load import load
     from deepzoo.zoo.model import Output
     from deepzoo.zoo.rope import RopeScaling
@@ -44,6 +44,7 @@ __all__ = [
     "Config",
     "DeepzooError",
     "Model",
+    "Options",
     "Output",
     "Quantization",
     "RopeScaling",
@@ -77,7 +78,7 @@ _HOMES = {
     "convert": "convert",
     "errors": "DeepzooError",
     "functional": "abstract apply apply_mtp axes bind init shardings stack unstack",
-    "generate": "Completion Statistics generate stream",
+    "generate": "Completion Options Statistics generate stream",
     "load": "load",
     "model": "Output",
     "rope": "RopeScaling",

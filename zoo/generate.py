@@ -2,7 +2,7 @@
 streaming."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 from deepzoo.zoo.chat import split_thinking
 from deepzoo.zoo.engine import Engine, Request
@@ -30,16 +30,54 @@ class Completion(NamedTuple):
     finish: str
 
 
+class Options(TypedDict, total=False):
+    """How to answer: the options that `generate` and `stream` share.
+
+    max_tokens: per answer, 256 by default; less where the context ends before.
+    temperature: 0 for greedy; the model's published default where None or left out.
+    top_p: nucleus; the published default where None or left out.
+    top_k: 0 for all, the default.
+    min_p: 0 for all, the default.
+    seed: answer i is drawn with seed + i, whatever stands beside it; 0 by default.
+    stop: string or strings that end an answer; they are not part of it.
+    speculative: draft with the MTP layer: the same distribution, fewer passes.
+    raw: continue texts as they are, without a chat format.
+    format: name of a chat format instead of the model's own.
+    thinking: for models with both modes.
+    """
+
+    max_tokens: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int
+    min_p: float
+    seed: int
+    stop: str | Sequence[str]
+    speculative: bool
+    raw: bool
+    format: str | None
+    thinking: bool | None
+
+
+_DEFAULTS = Options(
+    max_tokens=256, temperature=None, top_p=None, top_k=0, min_p=0.0, seed=0, stop=(),
+    speculative=False, raw=False, format=None, thinking=None,
+)  # fmt: skip
+
+
 class Statistics:
     """Filled by `generate` and `stream` when passed in: what the run did, for reports.
 
     Attributes:
+        finish: why each answer ended, in the order of the prompts: "eos", "stop" (a stop string) or
+            "length"; None while it goes on.
         tokens: ids generated.
         drafted: drafts of the MTP layer that were checked.
         accepted: drafts that stood.
     """
 
     def __init__(self) -> None:
+        self.finish: list[str | None] = []
         self.tokens = self.drafted = self.accepted = 0
 
     @property
@@ -57,6 +95,7 @@ class _Text:
         self.text = ""
         self.shown = 0
         self.stopped = False
+        self.finish: str | None = None
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
 
@@ -91,19 +130,9 @@ def generate(
     model: Model,
     prompts: str | Sequence[str | Messages],
     *,
-    max_tokens: int = 256,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    seed: int = 0,
-    stop: str | Sequence[str] = (),
-    speculative: bool = False,
-    raw: bool = False,
-    format: str | None = None,
-    thinking: bool | None = None,
     slots: int = 8,
     statistics: Statistics | None = None,
+    **options: Unpack[Options],
 ) -> list[Completion]:
     """Answers every prompt.
 
@@ -112,38 +141,25 @@ def generate(
             are.
         prompts: one text, or a list of texts or of message lists. A text is what the user says; the
             model's chat format is put around it.
-        max_tokens: per answer; less where the context ends before.
-        temperature: 0 for greedy; the model's published default where None.
-        top_p: nucleus; the published default where None.
-        top_k: 0 for all.
-        min_p: 0 for all.
-        seed: answer i is drawn with seed + i, whatever stands beside it.
-        stop: strings that end an answer; they are not part of it.
-        speculative: draft with the MTP layer: the same distribution, fewer passes.
-        raw: continue texts as they are, without a chat format.
-        format: name of a chat format instead of the model's own.
-        thinking: for models with both modes.
         slots: prompts decoded together.
         statistics: filled with counts.
+        options: see `Options`.
 
     Raises:
         RequestError: an option or a prompt that cannot be served; the message says which and why.
         TokenizerError: the model has no tokenizer.
     """
     listed = [prompts] if isinstance(prompts, str) else list(prompts)
-    plan = _plan(
-        model, listed, max_tokens, temperature, top_p, top_k, min_p, seed, stop,
-        speculative, raw, format, thinking, slots,
-    )  # fmt: skip
-    finished: dict[int, str] = {}
-    for index, _ in _follow(plan, finished, chunk=32):
-        del index
+    plan = _plan(model, listed, slots, options)
+    for _ in _follow(plan, chunk=32):
+        pass
     if statistics is not None:
         _count(plan, statistics)
     out = []
-    for index, (prompt, row) in enumerate(zip(plan.prompts, plan.rows, strict=True)):
+    for prompt, row in zip(plan.prompts, plan.rows, strict=True):
         thought, answer = split_thinking(row.text, prompt.thought)
-        out.append(Completion(row.text, thought, answer, row.tokens, row.logprobs, finished[index]))
+        assert row.finish is not None
+        out.append(Completion(row.text, thought, answer, row.tokens, row.logprobs, row.finish))
     return out
 
 
@@ -152,25 +168,19 @@ def stream(
     prompt: str | Messages,
     *,
     statistics: Statistics | None = None,
-    max_tokens: int = 256,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    seed: int = 0,
-    stop: str | Sequence[str] = (),
-    speculative: bool = False,
-    raw: bool = False,
-    format: str | None = None,
-    thinking: bool | None = None,
+    **options: Unpack[Options],
 ) -> Iterator[str]:
-    """Yields the answer's text as it is decoded; joined, it is `generate`'s text. Arguments as
-    there."""
-    plan = _plan(
-        model, [prompt], max_tokens, temperature, top_p, top_k, min_p, seed, stop,
-        speculative, raw, format, thinking, 1,
-    )  # fmt: skip
-    for _, piece in _follow(plan, {}, chunk=4):
+    """Yields the answer's text as it is decoded; joined, it is `generate`'s text.
+
+    Args:
+        model, prompt, options: as in `generate`.
+        statistics: filled as the answer grows; `finish` says in the end why it ended.
+
+    Raises:
+        RequestError, TokenizerError: as `generate`, when the first piece is asked for.
+    """
+    plan = _plan(model, [prompt], 1, options)
+    for _, piece in _follow(plan, chunk=4):
         if statistics is not None:
             _count(plan, statistics)
         if piece:
@@ -184,20 +194,23 @@ class _Plan(NamedTuple):
     rows: list[_Text]
 
 
-def _plan(
-    model: Model, prompts: Sequence[str | Messages], max_tokens: int, temperature: float | None,
-    top_p: float | None, top_k: int, min_p: float, seed: int, stop: str | Sequence[str],
-    speculative: bool, raw: bool, format: str | None, thinking: bool | None, slots: int,
-) -> _Plan:  # fmt: skip
+def _plan(model: Model, prompts: Sequence[str | Messages], slots: int, options: Options) -> _Plan:
+    if unknown := [name for name in options if name not in _DEFAULTS]:
+        raise RequestError(f"no option is called {unknown[0]}; there are {', '.join(_DEFAULTS)}")
+    chosen: dict[str, Any] = {**_DEFAULTS, **options}
+    stop = chosen["stop"]
     stops = [stop] if isinstance(stop, str) else list(stop)
-    default_temperature, default_top_p = sampling_defaults(model)
-    temperature = default_temperature if temperature is None else temperature
-    top_p = default_top_p if top_p is None else top_p
+    temperature, top_p = (
+        default if chosen[name] is None else chosen[name]
+        for name, default in zip(("temperature", "top_p"), sampling_defaults(model), strict=True)
+    )
+    max_tokens, top_k, min_p, seed = (chosen[n] for n in ("max_tokens", "top_k", "min_p", "seed"))
     check_options(max_tokens, temperature, top_p, top_k, min_p, seed, stops)
     if not prompts:
         raise RequestError("no prompts: give at least one")
     if slots < 1:
         raise RequestError(f"slots is {slots}; expected at least 1")
+    raw, format, thinking = chosen["raw"], chosen["format"], chosen["thinking"]
     encoded = [encode(model, p, raw=raw, format=format, thinking=thinking) for p in prompts]
     context = model.config.max_position_embeddings
     requests = []
@@ -208,8 +221,8 @@ def _plan(
                 f" {context}; shorten it by at least {len(prompt.tokens) - context + 1}"
             )
         room = min(max_tokens, context - len(prompt.tokens))
-        options = (float(temperature), float(top_p), top_k, float(min_p), seed + i)
-        requests.append(Request(prompt.tokens, room, *options))
+        how = (float(temperature), float(top_p), top_k, float(min_p), seed + i)
+        requests.append(Request(prompt.tokens, room, *how))
     longest = max(len(r.tokens) + r.max_tokens for r in requests)
     engine = Engine(
         model.config,
@@ -218,13 +231,13 @@ def _plan(
         # A power of two, so that calls of similar size share one compiled program.
         capacity=max(64, 1 << (longest - 1).bit_length()),
         eos_ids=tokenizer_of(model).eos_ids,
-        speculative=speculative,
+        speculative=chosen["speculative"],
     )
     return _Plan(engine, encoded, requests, [_Text(model, stops) for _ in requests])
 
 
-def _follow(plan: _Plan, finished: dict[int, str], *, chunk: int) -> Iterator[tuple[int, str]]:
-    """Runs the engine; yields (row, new certain text) and fills `finished`."""
+def _follow(plan: _Plan, *, chunk: int) -> Iterator[tuple[int, str]]:
+    """Runs the engine and yields (row, new certain text)."""
     ends = set(plan.engine.eos.tolist())
     for event in plan.engine.run(plan.requests, chunk=chunk):
         row = plan.rows[event.request]
@@ -236,14 +249,15 @@ def _follow(plan: _Plan, finished: dict[int, str], *, chunk: int) -> Iterator[tu
                 row.push(token, logprob)
         if event.finish is not None:
             row.flush()
-            finished[event.request] = "stop" if row.stopped else event.finish
+            row.finish = "stop" if row.stopped else event.finish
         elif row.stopped:
             plan.engine.release(event.request)
-            finished[event.request] = "stop"
-        yield event.request, row.take(final=event.request in finished)
+            row.finish = "stop"
+        yield event.request, row.take(final=row.finish is not None)
 
 
 def _count(plan: _Plan, statistics: Statistics) -> None:
+    statistics.finish = [row.finish for row in plan.rows]
     statistics.tokens = sum(len(row.tokens) for row in plan.rows)
     statistics.drafted, statistics.accepted = plan.engine.drafted, plan.engine.accepted
 
