@@ -1,6 +1,5 @@
 """How often a model is right on held-out problems, with the interval that so few problems allow."""
 
-import itertools
 import math
 import time
 from typing import Any, NamedTuple
@@ -34,9 +33,19 @@ def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
     return (centre - half) / (1 + spread), (centre + half) / (1 + spread)
 
 
+def held_out_problems(count: int, seed: int = 0) -> list[str]:
+    """The first `count` held-out problems of `seed` that differ; a repeated one would count twice
+    and make the interval too narrow."""
+    found: dict[str, None] = {}
+    stream = tasks.problems(seed, held=True)
+    while len(found) < count:
+        found.setdefault(next(stream))
+    return list(found)
+
+
 def evaluate(model: Model, count: int = 500, *, seed: int = 0, **sampling: Any) -> Score:
     """The first `count` held-out problems of `seed`, answered by `zoo.generate(**sampling)`."""
-    problems = list(itertools.islice(tasks.problems(seed, held=True), count))
+    problems = held_out_problems(count, seed)
     begin = time.perf_counter()
     completions = zoo.generate(
         model,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deepzoo.recipes.parts import tasks
-from deepzoo.recipes.parts.evaluate import wilson
+from deepzoo.recipes.parts.evaluate import held_out_problems, wilson
 from deepzoo.zoo.errors import RequestError
 from deepzoo.zoo.tokenizer import Tokenizer
 
@@ -41,6 +41,14 @@ def test_training_and_held_out_problems_share_no_numbers():
     assert all(tasks.held_out(p) for p in HELD_OUT)
     share = np.mean([tasks.held_out(f"{a} + {b}") for a in range(100) for b in range(a, 100)])
     assert 0.03 < share < 0.07  # one in 20
+
+
+def test_an_evaluation_asks_each_problem_once():
+    assert len(set(HELD_OUT)) < 500  # the stream repeats itself
+    asked = held_out_problems(500)
+    assert len(asked) == len(set(asked)) == 500
+    assert all(map(tasks.held_out, asked))
+    assert asked[:100] == held_out_problems(100)
 
 
 def test_the_held_out_share_does_not_depend_on_order_or_operators():
