@@ -92,9 +92,11 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Record]]:
 
 def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
     try:
-        from pyarrow import ArrowException, parquet  # pyright: ignore[reportMissingImports]
+        from pyarrow import ArrowException, parquet
     except ImportError:
-        raise DataError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
+        raise DataError(
+            f"{path}: reading Parquet needs pyarrow: pip install 'deepzoo[parquet]'"
+        ) from None
     try:
         rows = parquet.read_table(path).to_pylist()
     except (ArrowException, OSError) as error:
