@@ -14,6 +14,7 @@ IMPORT_NAMES = {  # distribution -> import name, where the two differ
     "orbax-checkpoint": "orbax",
 }
 KERNEL_IMPORTS = frozenset({"jax", "jaxtyping", "ml_dtypes", "numpy"})
+KERNEL_BASELINES = frozenset({"tokamax"})  # an implementation="tokamax" to compare with
 PEERS = frozenset(
     {"torch", "transformers"}
 )  # oracles: may be asked for inside a function, never needed
@@ -86,7 +87,7 @@ def imports_one_way(
     """
     layer = package.split(".")[1]
     if layer == "kernels":
-        core, optional = core & KERNEL_IMPORTS, frozenset()
+        core, optional = core & KERNEL_IMPORTS, optional & KERNEL_BASELINES
     found = []
     for line, name, lazy in _imports(tree, package):
         top, _, rest = name.partition(".")
