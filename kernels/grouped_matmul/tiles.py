@@ -75,7 +75,7 @@ def for_rows(
     if size == 4:  # no tensor cores for float32: registers decide
         tile = Tile(min(tall, 32), 64, 128 if quantised else 32, 4, 1 if quantised else 2)
     elif few:
-        tile = Tile(tall, 128 if halves else 64, 128, 4, 4 if large else 3, True)
+        tile = Tile(tall, 128 if halves else 64, 128, 4, 4 if large and not quantised else 3, True)
     elif quantised:
         # Before Hopper the dequantised operand lives in registers: larger tiles spill.
         tile = Tile(tall, 128, 128, 8, 3) if large else Tile(64, 64, 128, 4, 3)
