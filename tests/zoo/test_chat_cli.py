@@ -94,16 +94,17 @@ def test_system_from_the_command_line_and_removed(chat: Piped, directory: Path, 
     assert json.loads(two.read_text()) == []
 
 
-def test_save_replaces_a_file_only_when_told_twice(chat: Piped, directory: Path, tmp_path: Path):
+def test_save_replaces_a_file_only_when_told_to(chat: Piped, directory: Path, tmp_path: Path):
     file = tmp_path / "precious"
     file.write_text("old")
-    save = f"/save {file}\n"
-    status, _, err = chat(save + "/help\n" + save, directory)
+    status, _, err = chat(f"/save {file}\n" * 3, directory)
     assert status == 2
-    assert err.count(f"{file} exists; say /save {file} again to replace it") == 2
+    assert err.count(f"{file} exists; say /save! {file} to replace it") == 3
     assert file.read_text() == "old"
-    assert chat(save * 2, directory)[0] == 2
+    assert chat(f"/save! {file}\n", directory)[0] == 0
     assert json.loads(file.read_text()) == []
+    file.write_text("old")  # also what this conversation wrote itself is not replaced silently
+    assert chat(f"/save! {file}\n/save {file}\n", directory)[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_save_replaces_a_file_only_when_told_twice(chat: Piped, directory: Path,
     [
         ("/save", "name a file: /save talk.json"),
         ("/save {tmp}/none/talk.json", "{tmp}/none/talk.json: No such file or directory"),
-        ("/save {tmp}/folder", "{tmp}/folder exists; say /save {tmp}/folder again to replace it"),
+        ("/save {tmp}/folder", "{tmp}/folder exists; say /save! {tmp}/folder to replace it"),
         ("/bye", "no command is called /bye; /help lists them"),
         ("/system x", "known continues plain text and has no place for a system message"),
     ],

@@ -17,7 +17,8 @@ PROMPT = ">>> "
 HELP = """\
 /reset        forget the conversation
 /system TEXT  what the model is told first; without TEXT, nothing
-/save FILE    write the conversation as JSON; a second time to replace a file
+/save FILE    write the conversation as JSON, into a new file
+/save! FILE   the same, and replace a file that is there
 /help         this list
 /exit         leave; Ctrl-D does, too
 Ctrl-C stops an answer and keeps the conversation. A message that begins with a slash: write //."""
@@ -71,7 +72,6 @@ class Talk:
         self.messages: list[dict[str, Any]] = []
         self.left_out = 0  # oldest messages that no longer fit the context
         self.answers = 0
-        self.replace: str | None = None  # file that the next /save may replace
 
     def run(self) -> int:
         """Reads lines until /exit or the end of the input."""
@@ -79,10 +79,9 @@ class Talk:
         if self.interactive:
             self._greet()
         while (line := self._read()) is not None and line.strip() != "/exit":
-            replace, self.replace = self.replace, None
             try:
                 if line.startswith("/") and not line.startswith("//"):
-                    self._command(line, replace)
+                    self._command(line)
                 elif line.strip():
                     self.say(line.removeprefix("/") if line.startswith("//") else line)
             except (DeepzooError, OSError) as error:
@@ -140,8 +139,7 @@ class Talk:
             raise RequestError("name a file: /save talk.json")
         path = Path(name).expanduser()
         if os.path.lexists(path) and not replace:
-            self.replace = name
-            raise RequestError(f"{name} exists; say /save {name} again to replace it")
+            raise RequestError(f"{name} exists; say /save! {name} to replace it")
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             with part.open("x", encoding="utf-8") as file:
@@ -156,7 +154,7 @@ class Talk:
             part.unlink(missing_ok=True)
         self._note(f"{len(self.system + self.messages)} messages are in {name}")
 
-    def _command(self, line: str, replace: str | None) -> None:
+    def _command(self, line: str) -> None:
         word, _, rest = line.strip().partition(" ")
         rest = rest.strip()
         if word == "/reset":
@@ -167,8 +165,8 @@ class Talk:
             self._note(
                 "the model is told this first" if rest else "the model is told nothing first"
             )
-        elif word == "/save":
-            self.save(rest, replace=rest == replace)
+        elif word in ("/save", "/save!"):
+            self.save(rest, replace=word == "/save!")
         elif word == "/help":
             print(HELP)
         else:
@@ -206,17 +204,18 @@ class Talk:
 
     def _answer(self, prompt: "str | list[dict[str, Any]]") -> tuple[str, bool, bool]:
         """Shows an answer; returns it, whether it began in a thought, whether it was stopped."""
-        from deepzoo.zoo.generate import stream
+        from deepzoo.zoo.generate import Statistics, stream
         from deepzoo.zoo.prompt import encode
 
         thought = encode(self.model, prompt, **self._shape()).thought
         chosen = self.chosen | {"seed": (self.chosen["seed"] + self.answers) % (1 << 32)}
         pieces: list[str] = []
+        statistics = Statistics()
         stopped = False
         screen = None
         try:
             with display.waiting("preparing"):
-                source = stream(self.model, prompt, **chosen)
+                source = stream(self.model, prompt, statistics=statistics, **chosen)
                 pieces.append(next(source, ""))
             screen = display.Screen(sys.stdout, thought)
             screen.push(pieces[0])
@@ -230,6 +229,8 @@ class Talk:
         finally:
             if screen is not None:
                 screen.close()
+        if statistics.finish == ["length"] and not stopped:
+            self._note(f"cut off after {statistics.tokens} tokens; --max-tokens allows more")
         if stopped:
             self._note("stopped; what was said so far stays in the conversation")
         self.answers += 1

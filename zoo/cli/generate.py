@@ -84,6 +84,8 @@ class _Clock:
         timing["tokens"] = statistics.tokens
         timing["tokens_per_second"] = statistics.tokens / (now - self.loaded)
         timing = {k: round(v, 3) if isinstance(v, float) else v for k, v in timing.items()}
+        if len(statistics.finish) == 1:
+            timing["finish"] = statistics.finish[0]
         if statistics.drafted:
             timing |= {"drafted": statistics.drafted, "accepted": statistics.accepted}
         return timing
@@ -157,6 +159,8 @@ def _tell(timing: dict[str, Any]) -> None:
     if "first_text_seconds" in timing:
         parts.append(f"first text after {timing['first_text_seconds']:.2f} s")
     parts.append(f"model loaded in {timing['load_seconds']:.2f} s")
+    if "finish" in timing:
+        parts.append(f"ended by {timing['finish']}")
     if "drafted" in timing:
         share = timing["accepted"] / timing["drafted"]
         parts.append(f"{timing['accepted']} of {timing['drafted']} drafts accepted ({share:.0%})")
