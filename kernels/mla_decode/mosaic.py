@@ -3,11 +3,12 @@
 A thread block takes 64 rows (heads of one query) of one sequence and one split of its cache. Two
 warpgroups hold one half of the output each (64 x 256 float32, 128 registers a thread): the first
 also multiplies queries by keys and does the softmax, and hands its weights to the second through
-shared memory; a third warpgroup loads. The two columns of row tiles of 128 heads run side by side
-and share the cache's bytes in L2.
+shared memory; a third warpgroup loads. The two row tiles of 128 heads run side by side and
+share the cache's bytes in L2.
 
 Budget of shared memory (232,448 B): queries 64 x 576 bfloat16 73,728; two stages of 64 keys
-147,456; weights 8,192; row factors and log-sum-exp 512; barriers. A stage is loaded and given back
+147,456; weights 8,192; row factors and log-sum-exp, each padded to 1,024; barriers: 231,544. A
+stage is loaded and given back
 in three parts, each as soon as its last reader is done: rope after the scores, the two halves of
 the latents after the products they are values in.
 
@@ -176,6 +177,12 @@ def _attend(
 
         lax.fori_loop(0, count, block, None)
 
+        def drain(n, _):  # every arrival is met by a wait
+            for free in (rope_free, left_free, right_free):
+                plgpu.barrier_wait(free.at[lax.rem(n, STAGES)])
+
+        lax.fori_loop(jnp.maximum(count - STAGES, 0), count, drain, None)
+
     def values(acc, decay, slot, half):
         """acc * decay + weights @ values."""
         acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
@@ -183,7 +190,7 @@ def _attend(
         def product(acc_ref):
             plgpu.wgmma(acc_ref, weights, half.at[slot])
 
-        if accumulate:
+        if accumulate:  # the interpreter lacks run_state on accumulators
             return pl.run_state(product)(_ACC.init(acc))
 
         def fresh(acc_ref):
