@@ -8,12 +8,11 @@ share the cache's bytes in L2.
 
 Budget of shared memory (232,448 B): queries 64 x 576 bfloat16 73,728; two stages of 64 keys
 147,456; weights 8,192; row factors and log-sum-exp, each padded to 1,024; barriers: 231,544. A
-stage is loaded and given back
-in three parts, each as soon as its last reader is done: rope after the scores, the two halves of
-the latents after the products they are values in.
+stage is loaded and given back in three parts, each as soon as its last reader is done: rope after
+the scores, the two halves of the latents after the products they are values in.
 
-Time of 64 keys at full speed of the tensor cores (2048 multiply-adds a clock): scores 1152 clocks,
-values 2 x 512, together 2176; the softmax's about 400 in between are not covered, since a second
+Reckoned, not measured: 64 keys at full speed of the tensor cores (2048 multiply-adds a clock) are
+1152 clocks of scores and 2 x 512 of values, together 2176; the softmax's about 400 in between are not covered, since a second
 buffer of weights and a third stage have no room: 84% at most, 660 of 790 TFLOP/s. A part of a
 stage has 2000 clocks from being given back to its next use, about what 74 KB take to arrive.
 Batch 128, 128 heads: 256 thread blocks on 132 multiprocessors are 2 waves, 97% full.
