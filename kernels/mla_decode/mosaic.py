@@ -12,9 +12,10 @@ stage is loaded and given back in three parts, each as soon as its last reader i
 the scores, the two halves of the latents after the products they are values in.
 
 Reckoned, not measured: 64 keys at full speed of the tensor cores (2048 multiply-adds a clock) are
-1152 clocks of scores and 2 x 512 of values, together 2176; the softmax's about 400 in between are not covered, since a second
-buffer of weights and a third stage have no room: 84% at most, 660 of 790 TFLOP/s. A part of a
-stage has 2000 clocks from being given back to its next use, about what 74 KB take to arrive.
+1152 clocks of scores and 2 x 512 of values, together 2176; the softmax's about 400 in between are
+not covered, since a second buffer of weights and a third stage have no room: 84% at most, 660 of
+790 TFLOP/s. A part of a stage has 2000 clocks from being given back to its next use, about what
+74 KB take to arrive.
 Batch 128, 128 heads: 256 thread blocks on 132 multiprocessors are 2 waves, 97% full.
 B batch  T query  H heads  R rows (T * H)  S cache capacity  C latent  Z splits
 P pages of the pool  N pages a row
