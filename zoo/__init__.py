@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from deepzoo.zoo.generate import Completion, Options, Statistics, generate, stream
     from deepzoo.zoo.load import load
     from deepzoo.zoo.model import Output
-    from deepzoo.zoo.rope import RopeScaling
+    from deepzoo.zoo.rope_scaling import RopeScaling
     from deepzoo.zoo.save import save_hf
     from deepzoo.zoo.types import Model
 
@@ -81,7 +81,7 @@ _HOMES = {
     "generate": "Completion Options Statistics generate stream",
     "load": "load",
     "model": "Output",
-    "rope": "RopeScaling",
+    "rope_scaling": "RopeScaling",
     "save": "save_hf",
     "types": "Model",
 }

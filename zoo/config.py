@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from deepzoo.zoo.errors import ConfigError
-from deepzoo.zoo.rope import RopeScaling
+from deepzoo.zoo.rope_scaling import RopeScaling
 
 MLA_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 STUDENT_TYPES = ("qwen2", "qwen3", "llama")

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from deepzoo.zoo.card import Card, Certainty, inert
 from deepzoo.zoo.config import Config
-from deepzoo.zoo.rope import RopeScaling
+from deepzoo.zoo.rope_scaling import RopeScaling
 
 _QWEN2 = inert(
     architectures=["Qwen2ForCausalLM"],

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from deepzoo.zoo.card import Card, Certainty, inert
 from deepzoo.zoo.config import Config
-from deepzoo.zoo.rope import RopeScaling
+from deepzoo.zoo.rope_scaling import RopeScaling
 
 _YARN = RopeScaling(
     rope_type="yarn",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from deepzoo.zoo import catalog
 from deepzoo.zoo.config import Config, Quantization
 from deepzoo.zoo.errors import ConfigError, DeepzooError
-from deepzoo.zoo.rope import RopeScaling, inverse_frequencies
+from deepzoo.zoo.rope_scaling import RopeScaling, inverse_frequencies
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))

@@ -63,3 +63,15 @@ def test_functions_keep_their_names_when_submodules_of_that_name_are_imported_fi
 
 def test_the_package_imports_no_jax_until_something_needs_it():
     child.run("import sys; from deepzoo import zoo; assert not {'jax', 'flax'} & set(sys.modules)")
+
+
+def test_listing_the_models_imports_no_jax():
+    """It would take four times as long."""
+    child.run(
+        """
+        import sys
+        from deepzoo.zoo.cli import main
+        assert main(["models"]) == 0
+        assert not {"jax", "flax"} & set(sys.modules)
+        """
+    )
