@@ -186,9 +186,10 @@ def check(
     Args:
         case: the recipe.
         folder: for both runs.
-        ends: "instant", killed at a random one; a point of SAVE_POINTS, killed there in the second
-            save; "term", SIGTERM in a random step; "terms", a second one while the first saves;
-            "second", stopped while another process tries to start, then killed.
+        ends: "instant", killed at a random one; a point of SAVE_POINTS, killed there in its second
+            save, so that at least two have to be left; "term", SIGTERM in a random step; "terms",
+            a second one while the first saves; "second", stopped while another process tries to
+            start, then killed.
         seed: of the random instants.
     """
     whole, broken, draw = folder / "whole", folder / "broken", random.Random(seed)
@@ -196,28 +197,26 @@ def check(
     steps = max(row["step"] for row in rows(whole))
     step = 0
     for end in ends:
-        early = draw.randint(min(step + 1, steps), steps)
-        if end == "instant":
-            if step < steps:  # the steps that are left take longer than that
-                after = draw.uniform(0, case.pace * (steps - step))
-                case.run(broken, status=-signal.SIGKILL, after=after)
+        if end == "instant" and step == steps:  # such as: killed while it wrote its product
+            continue
+        assert step < steps, f"finished before it could be ended by {end!r}: give it more steps"
+        early = draw.randint(step + 1, steps)
+        if end == "instant":  # the steps that are left take longer than that
+            after = draw.uniform(0, case.pace * (steps - step))
+            case.run(broken, status=-signal.SIGKILL, after=after)
         elif end == "term":
             told = case.run(broken, at=early, **{"with": signal.SIGTERM})
-            if step < steps:
-                assert f"SIGTERM: stopped after step {early}" in told
-                assert newest(broken) == early
+            assert f"SIGTERM: stopped after step {early}" in told
+            assert newest(broken) == early
         elif end == "terms":
-            ended = {"point": "half", "save": 1, "signal": signal.SIGTERM}
-            if step < steps:
-                case.run(broken, status=143, at=step + 1, **{"with": signal.SIGTERM}, **ended)
-                assert newest(broken) == (step or None)
+            again = {"point": "half", "save": 1, "signal": signal.SIGTERM}
+            case.run(broken, status=143, at=step + 1, **{"with": signal.SIGTERM}, **again)
+            assert newest(broken) == (step or None)
         elif end == "second":
-            _second(case, broken, min(step + 1, steps), finished=step == steps)
+            _second(case, broken, step + 1)
         else:
             assert end in SAVE_POINTS
-            save = 1 if steps - step <= case.save_every else 2
-            if step < steps and not (end == "deleting" and not step and save == 1):
-                case.run(broken, status=-signal.SIGKILL, point=end, save=save)
+            case.run(broken, status=-signal.SIGKILL, point=end)
         assert newest(broken) is None or newest(broken) >= step, "a step that was saved is gone"
         step = newest(broken) or 0
     before = newest(broken)
@@ -266,10 +265,8 @@ def _files(out: Path) -> dict[str, str]:
     return found
 
 
-def _second(case: Resumable, out: Path, step: int, *, finished: bool) -> None:
+def _second(case: Resumable, out: Path, step: int) -> None:
     """While a process is stopped in `step`, another one is refused; then the first is killed."""
-    if finished:
-        return
     first = case.start(out, at=step, **{"with": signal.SIGSTOP})
     try:
         _, status = os.waitpid(first.pid, os.WUNTRACED)
