@@ -12,7 +12,6 @@ also has refusals(q_nope, ..., k_segments, *, scale, q_offset, interpret) -> lis
     xla       xla.py, everywhere
     triton    triton.py (forward), triton_backward.py; one refusals for both, in triton.py
     mosaic    mosaic.py (forward), mosaic_backward.py; each with its own refusals
-    tokamax   peer.py, a baseline made by others; forward and backward are its own
 The forward pass keeps out and lse, the backward pass recomputes the probabilities from them.
 B batch  T query  S key  H heads  N nope  R rope  V value
 """
