@@ -1,0 +1,275 @@
+"""Direct preference optimisation from pairs of answers, one better than the other.
+
+    deepzoo train dpo --preset nano --out DIR
+
+Paper: DPO (arXiv 2305.18290, eq. 7): with h = log pi - log pi_ref of a whole answer, the loss is
+-log sigmoid(beta (h_chosen - h_rejected)). DeepSeek's own preference stages use reinforcement
+learning with reward models that are not public (V2, arXiv 2405.04434, 4.2); this is the way to
+learn from preferences without one.
+
+Pairs come from records {"prompt", "chosen", "rejected"}, or, for a task with a verifier, from the
+model's own answers to training problems: a right one and a wrong one of the same problem.
+
+Deviations:
+* `nll` adds the chosen answer's mean negative log-likelihood, which keeps its probability from
+  falling with the other's (arXiv 2404.19733, eq. 1); 0, the default, is the paper's loss;
+* the reference's log-probabilities are computed once, before the first step.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepzoo import zoo
+from deepzoo.recipes.parts import problems as tasks
+from deepzoo.recipes.parts.accuracy import measure
+from deepzoo.recipes.parts.bias import split_bias, with_bias
+from deepzoo.recipes.parts.documents import pair
+from deepzoo.recipes.parts.flops import flops_per_token
+from deepzoo.recipes.parts.logprobs import score
+from deepzoo.recipes.parts.main import main
+from deepzoo.recipes.parts.optim import adamw
+from deepzoo.recipes.parts.records import DataError, read
+from deepzoo.recipes.parts.rollout import rollout, step_seed
+from deepzoo.recipes.parts.run import Options, Run
+from deepzoo.recipes.parts.schedules import scaled, warmup_cosine
+from deepzoo.recipes.parts.step import Loss, Output, State, jitted, start, train_step
+from deepzoo.zoo.config import Config
+from deepzoo.zoo.fingerprint import leaf_fingerprint
+from deepzoo.zoo.prompt import encode, tokenizer_of
+from deepzoo.zoo.types import Model
+
+type Pairs = dict[str, np.ndarray]
+"""tokens int32 [N, 2, T], mask float32 [N, 2, T - 1] of the answers' tokens as targets; index 0 is
+the chosen one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """One run of preference optimisation."""
+
+    model: str = "v2-nano"
+    """Where it starts, and the reference: a shipped model or a directory."""
+    data: str = ""
+    """File or folder of records; instead of `task`."""
+    task: str = "arithmetic"
+    """Problems whose right and wrong answers are the pairs, where there is no `data`."""
+    problems: int = 256
+    """Training problems of `task` to answer."""
+    answers: int = 8
+    """Answers of each."""
+    format: str | None = None
+    """Chat format, instead of the model's own."""
+    epochs: int = 1
+    """Times that each pair is seen."""
+    pairs: int = 8
+    """Pairs of a batch."""
+    length: int = 128
+    """Tokens of prompt and answer."""
+    beta: float = 0.1
+    """How strongly the policy is held at the reference."""
+    nll: float = 0.0
+    """Weight of the chosen answer's mean negative log-likelihood."""
+    rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    last: float = 0.1
+    """Share of the peak that is left at the end of the cosine."""
+    warmup: float = 0.1
+    """Share of the steps in which the rate rises."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    accumulate: int = 1
+    """Micro-batches of a batch."""
+    remat: bool = False
+    """Compute each layer again in the backward pass, to save memory."""
+    evaluate_every: int = 0
+    """Steps between evaluations on held-out problems of `task`; 0 for one at the end."""
+    held_out: int = 200
+    """Problems of an evaluation; 0 for none."""
+    seed: int = 0
+    """Of answers and order."""
+
+
+PRESETS = {
+    "nano": Recipe(),
+    # The customary settings for a student of 7B: R1-Distill-Qwen-7B with preference records.
+    "distill_qwen_7b": Recipe(
+        model="deepseek-r1-distill-qwen-7b", data="data", task="", epochs=1, pairs=64, length=4096,
+        rate=5e-7, accumulate=64, remat=True, held_out=0,
+    ),
+}  # fmt: skip
+
+
+def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
+    """Trains; writes `out`/model in the published layout and returns it.
+
+    Called again for the same directory, it goes on from the newest checkpoint.
+
+    Raises:
+        DataError: the data cannot be used; or the model's answers hold no pair.
+    """
+    model = zoo.load(recipe.model, dtype="float32", mtp=False, stacked=True)
+    config = model.config
+    made = from_records(recipe, model) if recipe.data else from_answers(recipe, model)
+    count = len(made["tokens"])
+    steps = -(-count * recipe.epochs // recipe.pairs)
+    factor = warmup_cosine(steps, round(recipe.warmup * steps), recipe.last)
+    optimiser = adamw(split_bias(model.params)[0], scaled(recipe.rate, factor), decay=0.0)
+    step = train_step(
+        preference(config, beta=recipe.beta, nll=recipe.nll, remat=recipe.remat), optimiser,
+        recipe.accumulate, clip=recipe.clip,
+    )  # fmt: skip
+    reference = reference_logprobs(config, model.params, made, recipe.pairs)
+    facts = {"pairs": count, "data": leaf_fingerprint(made["tokens"])}
+    with Run(out, recipe, options, model=config, tokenizer=model.tokenizer, facts=facts) as run:
+        state = run.state(lambda: start(model.params, optimiser, recipe.seed))
+
+        def batch(at: int) -> dict[str, np.ndarray]:
+            import grain
+
+            order: Any = grain.MapDataset.source(range(count)).seed(recipe.seed).shuffle().repeat()
+            rows = np.array([order[at * recipe.pairs + i] for i in range(recipe.pairs)])
+            return {k: a[rows] for k, a in made.items()} | {"reference": reference[rows]}
+
+        def whole(state: State) -> Model:
+            return model._replace(params=with_bias(state.params, state.bias), source=None)
+
+        def held_out(state: State) -> dict[str, Any]:
+            found = measure(
+                whole(state), tasks.task(recipe.task), recipe.held_out, max_tokens=recipe.length,
+                temperature=1.0, top_p=1.0,
+            )  # fmt: skip
+            return {"held_out": found.accuracy}
+
+        hooks = []
+        if recipe.held_out and recipe.task:
+            hooks.append(run.every(recipe.evaluate_every, held_out, last=True))
+        state = run.fit(
+            jitted(step, state), state, batch, steps, on=hooks,
+            tokens=2 * recipe.pairs * recipe.length, flops=flops_per_token(config, recipe.length),
+        )  # fmt: skip
+        path = run.product("model", lambda path: zoo.save_hf(whole(state), path))
+    return zoo.load(path, dtype="float32")
+
+
+def preference(config: Config, *, beta: float, nll: float = 0.0, remat: bool = False) -> Loss:
+    """DPO's loss over batches of `Pairs` with "reference" float32 [B, 2], summed log-probabilities.
+
+    Metrics: accuracy, the share of pairs whose chosen answer gained more than the other; margin,
+    beta (h_chosen - h_rejected); chosen and rejected, h of each.
+    """
+
+    def loss(params, batch, key) -> Output:
+        del key
+        tokens, mask = batch["tokens"], batch["mask"]
+        rows = tokens.reshape(-1, tokens.shape[-1])
+        found = score(config, params, rows, remat=remat).logprobs.reshape(mask.shape)
+        logprobs = (found * mask).sum(axis=-1)
+        gained = logprobs - batch["reference"]
+        margin = beta * (gained[:, 0] - gained[:, 1])
+        total = -jax.nn.log_sigmoid(margin)
+        if nll:
+            total = total - nll * logprobs[:, 0] / jnp.maximum(mask[:, 0].sum(axis=-1), 1)
+        metrics = {
+            "accuracy": (margin > 0).sum(), "margin": margin.sum(),
+            "chosen": gained[:, 0].sum(), "rejected": gained[:, 1].sum(),
+        }  # fmt: skip
+        return Output(total.sum(), jnp.float32(len(total)), metrics)
+
+    return loss
+
+
+def reference_logprobs(config: Config, params, made: Pairs, rows: int) -> np.ndarray:
+    """Summed log-probability of every answer under the reference, float32 [N, 2]."""
+
+    @jax.jit
+    def part(tokens, mask):
+        found = score(config, params, tokens.reshape(-1, tokens.shape[-1])).logprobs
+        return (found.reshape(mask.shape) * mask).sum(axis=-1)
+
+    count = len(made["tokens"])
+    spare = -count % rows
+    padded = {k: np.concatenate([a, a[:1].repeat(spare, axis=0)]) for k, a in made.items()}
+    parts = [
+        part(padded["tokens"][i : i + rows], padded["mask"][i : i + rows])
+        for i in range(0, count, rows)
+    ]
+    return np.concatenate(parts)[:count]
+
+
+def from_records(recipe: Recipe, model: Model) -> Pairs:
+    """Pairs of records {"prompt", "chosen", "rejected"}.
+
+    Raises:
+        DataError: a field is missing, or an answer does not fit into `length`; with file and line.
+    """
+    records = read(recipe.data)
+    found = []
+    for i in range(len(records)):
+        prompt = records.field(i, "prompt")
+        both = [
+            pair(model, prompt, records.field(i, kind), format=recipe.format)
+            for kind in ("chosen", "rejected")
+        ]
+        found.append((both, records.places[i]))
+    return _padded(recipe, found)
+
+
+def from_answers(recipe: Recipe, model: Model) -> Pairs:
+    """Pairs of the model's own answers to training problems: the first right and first wrong one.
+
+    Raises:
+        DataError: no problem has both a right and a wrong answer.
+    """
+    task, tokenizer = tasks.task(recipe.task), tokenizer_of(model)
+    asked = tasks.batch(task.problems, recipe.problems, recipe.seed)
+    prompts = [encode(model, p.prompt, raw=p.raw, format=recipe.format).tokens for p in asked]
+    longest = max(map(len, prompts))
+    made = rollout(
+        model.config, model.params, prompts, answers=recipe.answers,
+        max_tokens=recipe.length - longest, width=recipe.length, eos_ids=tokenizer.eos_ids,
+        seed=step_seed(recipe.seed, 0),
+    )  # fmt: skip
+    found = []
+    for p, problem in enumerate(asked):
+        first: dict[bool, int] = {}
+        for row in np.flatnonzero(made.group == p).tolist():
+            if made.truncated[row]:
+                continue
+            text = tokenizer.decode(made.answer(row)[:-1])
+            first.setdefault(task.judge(problem, text, True).get("accuracy") == 1.0, row)
+        if len(first) == 2:
+            both = [
+                (prompts[p] + made.answer(row), len(prompts[p]))
+                for row in (first[True], first[False])
+            ]
+            found.append((both, problem.prompt))
+    if not found:
+        raise DataError(
+            f"no problem of {len(asked)} has a right and a wrong answer among {recipe.answers};"
+            " take harder or easier problems, or more answers"
+        )
+    return _padded(recipe, found)
+
+
+def _padded(recipe: Recipe, found: list) -> Pairs:
+    tokens = np.zeros((len(found), 2, recipe.length), np.int32)
+    mask = np.zeros((len(found), 2, recipe.length - 1), np.float32)
+    for i, (both, place) in enumerate(found):
+        for j, (ids, given) in enumerate(both):
+            if len(ids) > recipe.length:
+                raise DataError(
+                    f"{place}: prompt and answer have {len(ids)} tokens, there is room for"
+                    f" {recipe.length}; raise --length"
+                )
+            tokens[i, j, : len(ids)] = ids
+            mask[i, j, given - 1 : len(ids) - 1] = 1
+    return {"tokens": tokens, "mask": mask}
+
+
+if __name__ == "__main__":
+    main(train, PRESETS, __doc__)
