@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -35,8 +36,8 @@ def test_the_nano_size_measures_everything(capsys: pytest.CaptureFixture[str], t
         "prefill", "decode", "training step", *["one 64-wide V3 layer"] * 2
     ]  # fmt: skip
     for row in rows.values():
-        assert row["note"] == "" or "as fast as bf16" in row["note"], row
         # The time itself is noise at this size, and a slope of noise may fall below zero.
+        assert row["note"] == "" or re.search(r"^noise|as fast as bf16", row["note"]), row
         assert row["rate"] is not None and row["seconds"] is not None, row
 
 

@@ -111,7 +111,9 @@ def of(case: Case) -> list[Peer]:
     if found is None:
         return []
     if case.operation == "mla_prefill":
-        return [Peer("cuDNN, padded", _cudnn(found["backward"]))]
+        # A peer's backward pass cannot be had without its forward pass; the name says so.
+        both = ", both passes" if found["backward"] else ""
+        return [Peer(f"cuDNN, padded{both}", _cudnn(found["backward"]))]
     if case.operation == "grouped_matmul" and not found["backward"]:
         return [
             Peer("jax.lax.ragged_dot", _ragged_dot),

@@ -101,9 +101,10 @@ def peers(torch, found, device):
 
             return make
 
-        yield "torch SDPA", attention(False)
+        both = ", both passes" if grad else ""
+        yield f"torch SDPA{both}", attention(False)
         if width != value:
-            yield "torch SDPA, padded", attention(True)
+            yield f"torch SDPA, padded{both}", attention(True)
     elif operation == "grouped_matmul":
         rows, inner, outer, groups = (found[n] for n in ("rows", "inner", "outer", "groups"))
         if found["backward"]:
