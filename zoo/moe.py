@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepzoo.kernels import moe_dispatch
-from deepzoo.kernels.grouped_matmul import grouped_matmul
-from deepzoo.kernels.router import Routing, router
+from deepzoo.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from deepzoo.kernels.router import Routing, gate, router
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.layers import MLP, Linear, param
 
@@ -30,8 +30,7 @@ class Router(nnx.Module):
     def __call__(self, x: jax.Array) -> Routing:
         """x [M, D] -> routing of M tokens."""
         config = self.config
-        weight = self.weight[...].astype(jnp.float32)
-        logits = jax.lax.dot_general(x.astype(jnp.float32), weight, (((1,), (1,)), ((), ())))
+        logits = gate(x, self.weight[...])
         v2 = config.model_type == "deepseek_v2"
         return router(
             logits,
@@ -63,16 +62,15 @@ class Experts(nnx.Module):
     def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """rows [M*K, D] sorted by expert -> [M*K, D]."""
 
-        def product(x: jax.Array, layer: Linear) -> jax.Array:
+        def stored(layer: Linear) -> tuple[jax.Array, jax.Array | None]:
             if layer.quantized:
-                return grouped_matmul(
-                    x, layer.weight[...], group_sizes, layer.weight_scale_inv[...]
-                )
-            return grouped_matmul(x, layer.weight[...].astype(x.dtype), group_sizes)
+                return layer.weight[...], layer.weight_scale_inv[...]
+            return layer.weight[...].astype(rows.dtype), None
 
-        return product(
-            jax.nn.silu(product(rows, self.gate_proj)) * product(rows, self.up_proj), self.down_proj
-        )
+        (gate, gate_scale), (up, up_scale) = stored(self.gate_proj), stored(self.up_proj)
+        inner = grouped_swiglu(rows, gate, up, group_sizes, gate_scale, up_scale)
+        down, down_scale = stored(self.down_proj)
+        return grouped_matmul(inner, down, group_sizes, down_scale)
 
 
 class MoE(nnx.Module):
