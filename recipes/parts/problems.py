@@ -5,11 +5,15 @@ nothing with those for training, and a verdict names its components, so that a r
 and a log can show them.
 """
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from deepzoo.recipes.parts import tasks
+import numpy as np
+
+from deepzoo.recipes.parts import rewards, sandbox, tasks
+from deepzoo.recipes.parts.records import DataError, Records, read
 from deepzoo.zoo.errors import RequestError
 
 
@@ -17,11 +21,15 @@ class Problem(NamedTuple):
     """prompt: the text that is continued, or, where `raw` is False, what the user says.
     answer: what its verifier compares with.
     raw: whether the prompt is continued as it is, without a chat format.
+    tests: (input, expected output) pairs, where the answer is a program.
+    language: that the answer shall be in.
     """
 
     prompt: str
     answer: str
     raw: bool = False
+    tests: tuple[tuple[str, str], ...] = ()
+    language: str = "en"
 
 
 type Verdict = Mapping[str, float]
@@ -33,7 +41,8 @@ class Task(NamedTuple):
     """A family of problems.
 
     problems: (*seed, held=False) -> endless problems; `held` ones are for evaluation.
-    judge: (problem, text, finished) -> verdict; `finished` is False for an answer that was cut off.
+    judge: (problem, text, finished) -> verdict; `text` holds the thought with its tags, `finished`
+        is False for an answer that was cut off.
     solution: problem -> a right answer as training text, where the task can write one.
     """
 
@@ -42,15 +51,41 @@ class Task(NamedTuple):
     solution: Callable[[Problem], str] | None = None
 
 
-NAMES = ("arithmetic", "arithmetic-long")
+NAMES = ("arithmetic", "arithmetic-long", "jsonl")
+
+# R1, arXiv 2501.12948, table 1: for base models, which have no chat format.
+R1_ZERO = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves"
+    " it. The assistant first thinks about the reasoning process in the mind and then provides the"
+    " user with the answer. The reasoning process and answer are enclosed within <think> </think>"
+    " and <answer> </answer> tags, respectively, i.e., <think> reasoning process here </think>"
+    " <answer> answer here </answer>. User: {prompt}. Assistant:"
+)
 
 
-def task(name: str) -> Task:
-    """A task by name: "arithmetic", two to four numbers; "arithmetic-long", five.
+def task(name: str, data: str = "", *, template: str = "", language: str = "en") -> Task:
+    """A task by name.
+
+    "arithmetic", sums of two to four numbers; "arithmetic-long", of five: continued as they are,
+    with written-out steps. "jsonl": the records of `data`, see `from_records`.
+
+    Args:
+        name: the task.
+        data: file or folder of records.
+        template: see `from_records`.
+        language: see `from_records`.
 
     Raises:
-        RequestError: there is no such task.
+        RequestError: there is no such task, or `data` is missing.
+        DataError: a record cannot be used; with file and line.
+        SandboxUnavailable: a record has tests, and programs cannot be isolated here.
     """
+    if name == "jsonl":
+        if not data:
+            raise RequestError("task jsonl needs --data FILE, records of prompt and answer")
+        return from_records(read(data), template=template, language=language)
+    if data:
+        raise RequestError(f"task {name} makes its own problems; --data goes with --task jsonl")
     if name == "arithmetic":
         return _arithmetic(None)
     if name == "arithmetic-long":
@@ -72,6 +107,84 @@ def _arithmetic(numbers: int | None) -> Task:
         return " = ".join(tasks.steps(problem.answer))
 
     return Task(problems, judge, solution)
+
+
+def from_records(records: Records, *, template: str = "", language: str = "en") -> Task:
+    """Problems with known answers, from files.
+
+    A record is {"prompt", "answer"}, judged by `rewards.maths`, or {"prompt", "tests": [[input,
+    expected output], ...]}, whose answer is a program, judged by `sandbox.solves`. Components of a
+    verdict: accuracy; format, R1-Zero's form; language, the share of words in the language that
+    the record's "language" names. One record in 20 is held out, by a hash of its prompt.
+
+    Args:
+        records: see `records.read`.
+        template: text that is continued as it is, with {prompt} for the prompt, such as R1_ZERO;
+            empty: the prompt is what the user says in the model's chat format.
+        language: of records that name none; see `rewards.LANGUAGES`.
+
+    Raises:
+        DataError: a field is missing or is something else; with file and line.
+        RequestError: a template without {prompt}, or a language that is not known.
+        SandboxUnavailable: a record has tests, and programs cannot be isolated here.
+    """
+    if template and "{prompt}" not in template:
+        raise RequestError("the template has no {prompt}: say where the prompt goes")
+    if language not in rewards.LANGUAGES:
+        raise RequestError(f"language {language!r}: expected one of {', '.join(rewards.LANGUAGES)}")
+    found = [_record(records, i, template, language) for i in range(len(records))]
+    if any(problem.tests for problem in found):
+        sandbox.check()
+    for_training, held_out = [], []
+    for index, problem in enumerate(found):
+        # Of the bare prompt: recipes with other templates must hold out the same problems.
+        bare = records.field(index, "prompt").encode(errors="surrogatepass")
+        digest = hashlib.blake2b(bare, digest_size=4).digest()
+        (for_training if int.from_bytes(digest) % 20 else held_out).append(problem)
+
+    def problems(*seed: int, held: bool = False) -> Iterator[Problem]:
+        these = held_out if held else for_training
+        rng = np.random.default_rng([*seed, int(held)])
+        while these:
+            yield from (these[i] for i in rng.permutation(len(these)))
+
+    return Task(problems, _judge)
+
+
+def _record(records: Records, index: int, template: str, language: str) -> Problem:
+    record, place = records[index], records.places[index]
+    prompt = records.field(index, "prompt")
+    spoken = record.get("language", language)
+    if spoken not in rewards.LANGUAGES:
+        known = ", ".join(rewards.LANGUAGES)
+        raise DataError(f"{place}: language is {spoken!r}; expected one of {known}")
+    tests, answer = record.get("tests"), ""
+    if tests is None:
+        answer = records.field(index, "answer")
+    elif not isinstance(tests, list) or not tests or not all(map(_is_test, tests)):
+        raise DataError(f"{place}: tests must be a list of [input, expected output] pairs of texts")
+    text = template.replace("{prompt}", prompt) if template else prompt
+    pairs = tuple((given, expected) for given, expected in tests or ())
+    return Problem(text, answer, bool(template), pairs, spoken)
+
+
+def _is_test(pair: object) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair)
+
+
+def _judge(problem: Problem, text: str, finished: bool) -> Verdict:
+    accuracy = 0.0
+    if finished and problem.tests:
+        source = rewards.program(text)
+        if source is not None:
+            accuracy, _ = sandbox.solves(source, problem.tests)
+    elif finished:
+        accuracy = rewards.maths(text, problem.answer).reward
+    return {
+        "accuracy": accuracy,
+        "format": rewards.form(text).reward if finished else 0.0,
+        "language": rewards.language(text, problem.language),
+    }
 
 
 def batch(problems: Callable[..., Iterator[Problem]], count: int, *seed: int) -> list[Problem]:

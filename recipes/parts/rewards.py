@@ -16,6 +16,7 @@ DIGITS = 300  # of a number, its exponent included
 DEPTH = 8  # of parentheses and fractions in each other
 
 THINK, THINK_END, ANSWER, ANSWER_END = "<think>", "</think>", "<answer>", "</answer>"
+_FENCE = "```"
 _BOX = "\\boxed{"
 
 
@@ -249,6 +250,23 @@ def language(text: str, target: str = "en") -> float:
     words = _WORD.findall(_COMMAND.sub(" ", text))
     own = re.compile(rf"[{_SCRIPTS[target]}]+")
     return sum(own.fullmatch(w) is not None for w in words) / len(words) if words else 0.0
+
+
+def program(text: str) -> str | None:
+    """The program in an answer: its last block between lines of three backticks; None without one.
+
+    As for `final_answer`, only what stands behind the thought counts.
+    """
+    end = text.rfind(THINK_END)
+    if end < 0 and THINK in text:
+        return None
+    behind = text[end + len(THINK_END) :] if end >= 0 else text
+    stop = behind.rfind(_FENCE)
+    begin = behind.rfind(_FENCE, 0, max(stop, 0))
+    if begin < 0:
+        return None
+    _, _, block = behind[begin:stop].partition("\n")  # the first line names the language
+    return block if block.strip() else None
 
 
 def overlong(length: int, limit: int, buffer: int) -> float:

@@ -13,6 +13,7 @@ from deepzoo.recipes.parts.rewards import (
     maths,
     number,
     overlong,
+    program,
     repeated,
 )
 
@@ -181,6 +182,18 @@ def test_language_is_the_share_of_words(text, target, share):
 def test_language_takes_linear_time():
     text = "a\u4e2d\\" * 3 * 10**5
     assert least_seconds(lambda: language(text), 3) < 1.0
+
+
+def test_a_program_is_the_last_block_behind_the_thought():
+    block = "```python\nprint(1)\n```"
+    assert program(f"so:\n{block}\ndone") == "print(1)\n"
+    assert program(f"```\nprint(0)\n```\nbetter:\n{block}") == "print(1)\n"
+    assert program(f"<think>{block}</think>") is None
+    assert program(f"<think>{block}") is None
+    assert program("print(1)") is None
+    assert program("```python\nprint(1)") is None
+    assert program("``````") is None
+    assert least_seconds(lambda: program("```" * 300000)) < 0.05
 
 
 def test_overlong_answers_lose_up_to_one():
