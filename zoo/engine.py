@@ -124,7 +124,9 @@ class Engine:
         self.eos = jnp.asarray(sorted(set(eos_ids)) or [-1], jnp.int32)
         self.speculative = speculative
         self.drafted = self.accepted = 0
-        spare = 2 if speculative else 1  # a step writes behind a row's end before it is cut back
+        # A row that is done stands one token before its end at most, and is still written to; the
+        # draft behind it would be the only one outside.
+        spare = 1 if speculative else 0
 
         def rows(
             dtype: Any = jnp.int32, fill: float = 0

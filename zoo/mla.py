@@ -113,10 +113,14 @@ class MLA(nnx.Module):
                 k_segments=segments,
             )
             if cache is not None:
-                history, history_lse = absorbed(
-                    cache, jnp.broadcast_to(context.start[:, None], (batch, queries))
-                )
-                out, _ = merge(out, lse, history, history_lse)
+                old, alone = cache, out
+
+                def with_history() -> jax.Array:
+                    seen = jnp.broadcast_to(context.start[:, None], (batch, queries))
+                    return merge(alone, lse, *absorbed(old, seen))[0]
+
+                # A first chunk has none; a compiler that knows leaves nothing of it.
+                out = jax.lax.cond((context.start > 0).any(), with_history, lambda: alone)
                 cache = write(cache, {"latent": latent, "k_rope": k_rope}, context.start)
         return self.o_proj(out.reshape(batch, queries, -1)), cache
 

@@ -209,3 +209,15 @@ def test_stacked_and_unstacked_parameters_give_the_same():
     )
     a, b = (zoo.apply(CONFIG, p, tokens).logits for p in (stacked, PARAMS))
     assert float(jnp.abs(a - b).max()) < 1e-5
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_rows_that_fill_the_capacity_to_the_last_token(speculative):
+    """One is done long before the other, and stands still beside it."""
+    requests = [Request(PROMPTS[0], 59, temperature=0.0), Request(PROMPTS[2], 34, temperature=0.0)]
+    full, logprobs, _ = collect(requests, slots=2, speculative=speculative)
+    for request, tokens, logprob in zip(requests, full, logprobs, strict=True):
+        assert len(tokens) == request.max_tokens
+        last = forward(request.tokens + tokens[:-1])
+        assert tokens[-1] == last.argmax()
+        assert logprob[-1] == pytest.approx(last[tokens[-1]], abs=1e-4)
