@@ -91,6 +91,7 @@ def apply(
     lengths: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
+    experts: jax.Array | None = None,
     remat: bool | str = False,
     logits: bool = True,
 ) -> Output:
@@ -110,6 +111,8 @@ def apply(
         segment_ids: int32 [B, T], without a cache: tokens see only their own segment and positions
             count from its start (packed documents; left padding as a segment of its own).
         positions: int32 [B, T], instead of the derived ones.
+        experts: int32 [L, B, T, K], `Output.routing.indices` of another pass over these tokens: its
+            choice of experts is taken, with weights from this pass's scores.
         remat: recompute each layer in the backward pass; or the name of a policy in
             `jax.checkpoint_policies` that says what is kept nevertheless, such as
             "dots_with_no_batch_dims_saveable".
@@ -119,8 +122,9 @@ def apply(
     if cache is not None and segment_ids is not None:
         raise ValueError("segment_ids go with whole sequences; a cache holds one sequence a row")
     return bind(config, params)(
-        tokens, cache, lengths, segment_ids, positions, remat=remat, logits=logits
-    )
+        tokens, cache, lengths, segment_ids, positions,
+        experts=experts, remat=remat, logits=logits,
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("config", "depth", "logits"))

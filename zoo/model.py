@@ -48,11 +48,12 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config, rngs, config.hidden_size, "embed")
         self.mlp = MoE(config, rngs) if moe else MLP(config, rngs, config.intermediate_size)
 
-    def __call__(self, x: jax.Array, context: Context, cache: dict | None):
-        """x [B, T, D] -> (x, cache, routing or None)."""
+    def __call__(self, x: jax.Array, context: Context, cache: dict | None, experts=None):
+        """x [B, T, D] -> (x, cache, routing or None); `experts` [B, T, K] replace the router's."""
         attended, cache = self.self_attn(self.input_layernorm(x), context, cache)
         x = x + attended
-        y = self.mlp(self.post_attention_layernorm(x))
+        normed = self.post_attention_layernorm(x)
+        y = self.mlp(normed) if experts is None else self.mlp(normed, experts)
         y, routing = y if isinstance(y, tuple) else (y, None)
         return x + y, cache, routing
 
@@ -106,6 +107,7 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
         *,
+        experts: jax.Array | None = None,
         remat: bool | str = False,
         logits: bool = True,
     ) -> Output:
@@ -116,7 +118,9 @@ class Decoder(nnx.Module):
         for name in STACKS:
             if hasattr(self, name):
                 old = None if cache is None else cache.layers[name]
-                x, layers[name], found = self._run(getattr(self, name), x, context, old, remat)
+                x, layers[name], found = self._run(
+                    getattr(self, name), x, context, old, remat, experts if name == "moe" else None
+                )
                 routing = found if found is not None else routing
         hidden = self.norm(x)
         if cache is not None:
@@ -138,26 +142,27 @@ class Decoder(nnx.Module):
         cos, sin = cos_sin(positions, width, config.rope_theta, config.rope_scaling)
         return Context(cos, sin, segment_ids, start)
 
-    def _run(self, layers, x, context, cache, remat):
+    def _run(self, layers, x, context, cache, remat, experts):
         """All layers of one stack: scanned where their parameters are stacked, unrolled where they
         are not."""
 
-        def step(x, layer_and_cache):
-            layer, cache = layer_and_cache
-            x, cache, routing = layer(x, context, cache)
+        def step(x, layer_and_more):
+            layer, cache, experts = layer_and_more
+            x, cache, routing = layer(x, context, cache, experts)
             return x, (cache, routing)
 
         if remat:
             keep = getattr(jax.checkpoint_policies, remat) if isinstance(remat, str) else None
             step = jax.checkpoint(step, policy=keep)
         if self.stacked:
-            x, (cache, routing) = jax.lax.scan(step, x, (layers, cache))
+            x, (cache, routing) = jax.lax.scan(step, x, (layers, cache, experts))
             return x, cache, routing
         new, found = {}, []
-        for name in (str(i) for i in range(len(layers))):
-            x, (new[name], routing) = step(
-                x, (layers[name], None if cache is None else cache[name])
-            )
+        for i in range(len(layers)):
+            name = str(i)
+            old = None if cache is None else cache[name]
+            given = None if experts is None else experts[i]
+            x, (new[name], routing) = step(x, (layers[name], old, given))
             found.append(routing)
         routing = None if found[0] is None else jax.tree.map(lambda *a: jnp.stack(a), *found)
         return x, (None if cache is None else new), routing

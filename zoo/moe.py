@@ -27,8 +27,8 @@ class Router(nnx.Module):
                 rngs, (config.n_routed_experts,), (None,), jnp.float32, 0
             )
 
-    def __call__(self, x: jax.Array) -> Routing:
-        """x [M, D] -> routing of M tokens."""
+    def __call__(self, x: jax.Array, indices: jax.Array | None = None) -> Routing:
+        """x [M, D] -> routing of M tokens; to experts `indices` [M, K] where they are given."""
         config = self.config
         logits = gate(x, self.weight[...])
         v2 = config.model_type == "deepseek_v2"
@@ -43,6 +43,7 @@ class Router(nnx.Module):
             normalise=config.norm_topk_prob,
             # V2's code scales only where it does not normalise; V3's does both.
             scale=1.0 if v2 and config.norm_topk_prob else config.routed_scaling_factor,
+            indices=indices,
         )
 
 
@@ -85,11 +86,13 @@ class MoE(nnx.Module):
                 config, rngs, config.n_shared_experts * config.moe_intermediate_size
             )
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, Routing]:
-        """x [B, T, D] -> [B, T, D] and the routing, [B, T, ...]."""
+    def __call__(self, x: jax.Array, indices: jax.Array | None = None) -> tuple[jax.Array, Routing]:
+        """x [B, T, D] -> [B, T, D] and the routing, [B, T, ...]; `indices` [B, T, K] replace the
+        choice of experts."""
         batch, length, width = x.shape
         flat = x.reshape(-1, width)
-        routing = self.gate(flat)
+        given = None if indices is None else indices.reshape(-1, indices.shape[-1])
+        routing = self.gate(flat, given)
         rows = moe_dispatch.plan(routing.indices, self.config.n_routed_experts)
         routed = self.experts(moe_dispatch.dispatch(flat, rows), rows.group_sizes)
         out = moe_dispatch.combine(routed, routing.weights, rows)

@@ -59,6 +59,7 @@ def router(
     group_score: Literal["max", "top2"] = "max",
     normalise: bool = False,
     scale: float = 1.0,
+    indices: jax.Array | None = None,
 ) -> Routing:
     """Chooses `k` experts for every token.
 
@@ -77,15 +78,32 @@ def router(
         group_score: V2 scores a group by its best expert, V3 by the sum of its two best.
         normalise: divide the weights by their sum (V3, eq. 13).
         scale: `routed_scaling_factor`.
+        indices: int32 [M, K], experts that are taken instead of a choice of its own, such as those
+            that another pass chose; the weights are still the scores of these logits.
 
     Raises:
         ValueError: `k` experts that the groups do not hold, or shapes that do not belong together.
     """
     if faults := _faults(logits, bias, k, groups, top_groups, group_score):
         raise ValueError(f"router: {'; '.join(faults)}")
-    tokens, experts = logits.shape
+    if indices is not None and indices.shape != (len(logits), k):
+        raise ValueError(
+            f"router: indices must be [M, K] = {(len(logits), k)}, got {indices.shape}"
+        )
     logits = logits.astype(jnp.float32)
     scores = jax.nn.softmax(logits, axis=-1) if scoring == "softmax" else jax.nn.sigmoid(logits)
+    if indices is None:
+        indices = _chosen(scores, bias, k, groups, top_groups, group_score)
+    weights = jnp.take_along_axis(scores, indices, axis=-1)
+    if normalise:
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    return Routing(indices, weights * scale, scores)
+
+
+def _chosen(
+    scores: jax.Array, bias: jax.Array | None, k: int, groups: int, top_groups: int, group_score
+) -> jax.Array:
+    tokens, experts = scores.shape
     choice = scores if bias is None else scores + bias
     if groups > 1:
         by_group = choice.reshape(tokens, groups, experts // groups)
@@ -96,11 +114,7 @@ def router(
         best = jax.lax.top_k(rank, top_groups)[1]
         keep = jax.nn.one_hot(best, groups, dtype=jnp.bool_).any(axis=1)
         choice = jnp.where(keep[..., None], by_group, -jnp.inf).reshape(tokens, experts)
-    indices = jax.lax.top_k(choice, k)[1].astype(jnp.int32)
-    weights = jnp.take_along_axis(scores, indices, axis=-1)
-    if normalise:
-        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
-    return Routing(indices, weights * scale, scores)
+    return jax.lax.top_k(choice, k)[1].astype(jnp.int32)
 
 
 def _faults(logits, bias, k, groups, top_groups, group_score) -> list[str]:

@@ -34,6 +34,7 @@ def score(
     segments: jax.Array | None = None,
     *,
     temperature: float = 1.0,
+    experts: jax.Array | None = None,
     chunk: int = 1024,
     remat: bool = False,
 ) -> Scored:
@@ -46,11 +47,16 @@ def score(
         segments: int32 [B, T]; tokens see their own segment only (packed sequences).
         temperature: of the distribution, as in sampling; reinforcement learning compares policies
             at the temperature that they sample with.
+        experts: int32 [L, B, T - 1, K], `Scored.routing.indices` of another pass, taken instead of
+            this one's choice (routing replay).
         chunk: positions whose logits are held at a time; they are made again in the backward pass.
         remat: recompute each layer in the backward pass.
     """
     inside = None if segments is None else segments[:, :-1]
-    out = zoo.apply(config, params, tokens[:, :-1], segment_ids=inside, logits=False, remat=remat)
+    out = zoo.apply(
+        config, params, tokens[:, :-1], segment_ids=inside, experts=experts, logits=False,
+        remat=remat,
+    )  # fmt: skip
     head = params["embed_tokens" if config.tie_word_embeddings else "lm_head"]["weight"]
     batch, length, width = out.hidden.shape
     logprobs, entropy = head_logprobs(

@@ -136,6 +136,24 @@ def test_weights_are_differentiable_and_the_bias_gets_nothing():
     assert np.abs(np.asarray(to_logits) - want).max() < 1e-6
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_given_experts_are_weighted_by_these_scores(kind):
+    """With the experts that it would choose itself it is itself; others get their own scores."""
+    options, logits = KINDS[kind], jnp.asarray(normal(8, 16))
+    own = router(logits, **options)
+    again = router(logits, **options, indices=own.indices)
+    assert all(np.array_equal(a, b) for a, b in zip(own, again, strict=True))
+    other = jnp.asarray(np.arange(24).reshape(8, 3) % 16, jnp.int32)
+    found = router(logits, jnp.full((16,), 7.0), **options, indices=other)
+    assert np.array_equal(found.indices, other)
+    weights = np.take_along_axis(np.asarray(own.scores), np.asarray(other), axis=-1)
+    if options.get("normalise"):
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(found.weights, weights * options.get("scale", 1.0), rtol=1e-5)
+    with pytest.raises(ValueError, match="indices must be"):
+        router(logits, **options, indices=other[:, :2])
+
+
 def test_counts_add_up():
     indices = router(jnp.asarray(normal(64, 16)), **KINDS["v2"]).indices
     counts = expert_counts(indices, 16)
