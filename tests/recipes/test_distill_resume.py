@@ -1,0 +1,21 @@
+"""Distillation can be ended at any instant and gone on with."""
+
+from pathlib import Path
+
+from resumable import Resumable, check
+
+CASE = Resumable(
+    source="""
+        from deepzoo.recipes import distill
+        recipe = dataclasses.replace(
+            distill.PRESETS["nano"], mode="logits", problems=4, max_tokens=48, hidden=16, layers=1,
+            heads=2, rows=2, length=96, steps=6, held_out=0, slots=4,
+        )
+        train = distill.train
+    """
+)
+
+
+def test_it_can_be_ended_and_gone_on_with(tmp_path: Path):
+    check(CASE, tmp_path)
+    assert (tmp_path / "broken" / "model" / "model.safetensors").is_file()
