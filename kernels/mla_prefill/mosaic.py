@@ -353,7 +353,7 @@ def heads_together(heads: int, keys: int) -> int:
 def smem(shape: tuple[int, ...], dtype: Any):
     """Shared memory in the layout of wgmma operands."""
     transforms = (
-        plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)),  # pyright: ignore[reportAbstractUsage]
         plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
     )
     return plgpu.SMEM(shape, dtype, transforms=transforms)

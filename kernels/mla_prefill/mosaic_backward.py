@@ -6,13 +6,13 @@ queries and walks over keys for dq; the other holds 128 keys and walks over quer
 scores, for dk and dv, with a partial sum of the shared rope key's gradient per head. What each
 query subtracts (its log-sum-exp, and delta = d_out . out - d_lse) is where the products start from.
 
-What the instructions say (arithmetic, not measured): the kernels multiply 512 + 640 where one would
-832 (nope + rope + value units per pair), 1.24 TFLOP at 8192 tokens and 16 heads, causal: 1.57 ms at
-790 TFLOP/s. Shared memory is read for 73 % (keys) and 79 % (queries) of the tensor cores' time,
-exp2 takes 20 to 25 %, and only the two warpgroups of a block overlap each other. At two thirds of
-the tensor cores that is 2.4 ms. The kernel for keys keeps 160 of its 240 registers in sums and
-spills some addresses, about a dozen accesses per step of 2560 cycles; its products stay
-asynchronous.
+What the instructions say (arithmetic on the compiled code, not measured): the kernels multiply 512 +
+640 where one would 832 (nope + rope + value units per pair), 1.24 TFLOP at 8192 tokens and 16
+heads, causal: 1.57 ms at 790 TFLOP/s. Shared memory works for 79 % of the tensor cores' time in the
+kernel for queries and for 93 % in the one for keys, where two sums of 64 registers leave none for
+the rope key's gradient, kept in shared memory. exp2 takes 20 to 25 %. Within a warpgroup softmax
+overlaps one product, the rest is left to the other warpgroup. At 60 to 65 % of the tensor cores
+that is 2.4 to 2.6 ms.
 B batch  T query  S key  H heads  N nope  R rope  V value
 """
 
@@ -113,7 +113,7 @@ def backward(
             q_rope=mosaic.smem((STAGES, STEP, ROPE), bf16),
             d_out=mosaic.smem((STAGES, STEP, VALUE), bf16),
             rows=plgpu.SMEM((STAGES, 2, STEP), jnp.float32),
-            dk_rope=plgpu.SMEM((2, ROWS, ROPE), jnp.float32),
+            dk_rope=mosaic.smem((2, ROWS, ROPE), jnp.float32),
             q_marks=plgpu.SMEM((STAGES, STEP), jnp.int32) if segments else None,
             k_marks=plgpu.SMEM((2, ROWS), jnp.int32) if segments else None,
             p=mosaic.smem((2, ROWS, STEP), bf16) if interpret else None,
@@ -334,66 +334,66 @@ def _keys(
             row = plgpu.load(rows.at[slot, i], layout=_WGMMA.reduce(0))
             return lax.broadcast_in_dim(row, (ROWS, STEP), [1])
 
-        def product(total, *operands):
-            """`total` plus the products of the operands."""
+        def products(slot, mask, n):
+            """Weights and score gradients of one step, in bfloat16."""
+            # Hides that the operands' addresses are the same in every step: kept from step to step
+            # they would take more registers than there are.
+            mine = lax.optimization_barrier(wg)
 
-            def add(ref):
-                for left, right in operands:
-                    plgpu.wgmma(ref, left, right)
-
-            if not in_smem:
-                return pl.run_state(add)(ACC.init(total))
-
-            def run(ref):
-                add(ref)
-                return ref[...]
-
-            return total + pl.run_scoped(run, ACC((ROWS, STEP), jnp.float32))
-
-        def gradients(dk_nope_ref, dk_rope_ref, dv_ref):
-            def step(n, _, mask):
-                slot = lax.rem(n - first, STAGES)
-
-                plgpu.barrier_wait(q_full.at[slot])
-                s = product(
-                    across(0, slot),
-                    (k_nope.at[wg], q_nope.at[slot].transpose((1, 0))),
-                    (k_rope.at[wg], q_rope.at[slot].transpose((1, 0))),
-                )
+            def run(s_ref, dp_ref):
+                if not in_smem:
+                    s_ref[...], dp_ref[...] = across(0, slot), across(1, slot)
+                plgpu.wgmma(s_ref, k_nope.at[mine], q_nope.at[slot].transpose((1, 0)))
+                plgpu.wgmma(s_ref, k_rope.at[mine], q_rope.at[slot].transpose((1, 0)))
+                plgpu.wgmma(dp_ref, v.at[mine], d_out.at[slot].transpose((1, 0)))
+                s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+                if in_smem:
+                    s += across(0, slot)
                 if mask:
                     s = masked(s, n, slot)
-                # In bfloat16 from here on: half the registers.
-                weight = lax.optimization_barrier(jnp.exp2(s * (scale * LOG2E)).astype(v.dtype))
-                dp = product(across(1, slot), (v.at[wg], d_out.at[slot].transpose((1, 0))))
-                # This barrier keeps the compiler from widening the weights before the products are
-                # there, when it has no registers for them.
-                weight, dp = lax.optimization_barrier((weight, dp))
-                d_s = (weight.astype(jnp.float32) * dp).astype(v.dtype)
-                weight, d_s = lax.optimization_barrier((weight, d_s))
+                weight = jnp.exp2(s * (scale * LOG2E))
+                dp = dp_ref[...]
+                if in_smem:
+                    dp += across(1, slot)
+                return weight.astype(v.dtype), (weight * dp).astype(v.dtype)
+
+            return pl.run_scoped(run, *[ACC((ROWS, STEP), jnp.float32)] * 2)
+
+        def gradients(dk_nope_ref, dv_ref):
+            def step(n, _, mask):
+                slot = lax.rem(n - first, STAGES)
+                plgpu.barrier_wait(q_full.at[slot])
+                weight, d_s = products(slot, mask, n)
                 if in_smem:
                     p[wg], ds[wg] = weight, d_s
                     plgpu.commit_smem()
                     weight, d_s = p.at[wg], ds.at[wg]
-                plgpu.wgmma(dv_ref, weight, d_out.at[slot])
-                plgpu.wgmma(dk_nope_ref, d_s, q_nope.at[slot])
-                plgpu.wgmma(dk_rope_ref, d_s, q_rope.at[slot])
-                plgpu.wgmma_wait(0)
+
+                def rope(dk_rope_ref):
+                    plgpu.wgmma(dk_rope_ref, d_s, q_rope.at[slot])
+                    plgpu.wgmma(dv_ref, weight, d_out.at[slot])
+                    plgpu.wgmma(dk_nope_ref, d_s, q_nope.at[slot])
+                    # There are no registers for a third sum.
+                    dk_rope[wg] += plgpu.wgmma_accumulator_load(dk_rope_ref, wait_n=2)
+                    plgpu.wgmma_wait(0)
+
+                pl.run_scoped(rope, ACC((ROWS, ROPE), jnp.float32))
                 plgpu.commit_smem()  # terms and marks are read before a copy overwrites them
                 plgpu.barrier_arrive(q_free.at[slot])
 
             lax.fori_loop(first, full, partial(step, mask=True), None)
             lax.fori_loop(full, last_full, partial(step, mask=False), None)
             lax.fori_loop(last_full, end, partial(step, mask=True), None)
-            return dk_nope_ref[...], dk_rope_ref[...], dv_ref[...]
+            return dk_nope_ref[...], dv_ref[...]
 
-        d_nope, d_rope, d_v = pl.run_scoped(
+        dk_rope[wg] = plgpu.layout_cast(jnp.zeros((ROWS, ROPE), jnp.float32), _WGMMA)
+        d_nope, d_v = pl.run_scoped(
             gradients,
             ACC((ROWS, NOPE), jnp.float32),
-            ACC((ROWS, ROPE), jnp.float32),
             ACC((ROWS, VALUE), jnp.float32),
         )
         k_nope[wg] = (d_nope * scale).astype(v.dtype)
-        dk_rope[wg] = d_rope * scale
+        dk_rope[wg] *= scale
         v[wg] = d_v.astype(v.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k_nope.at[wg], dk_nope_hbm.at[b, here, h])
