@@ -6,8 +6,8 @@ queries and walks over keys for dq; the other holds 128 keys and walks over quer
 scores, for dk and dv, with a partial sum of the shared rope key's gradient per head. What each
 query subtracts (its log-sum-exp, and delta = d_out . out - d_lse) is where the products start from.
 
-What the instructions say (arithmetic on the compiled code, not measured): the kernels multiply 512 +
-640 where one would 832 (nope + rope + value units per pair), 1.24 TFLOP at 8192 tokens and 16
+What the instructions say (arithmetic on the compiled code, not measured): the kernels multiply
+640 + 512 where one would 832 (nope + rope + value units per pair), 1.24 TFLOP at 8192 tokens and 16
 heads, causal: 1.57 ms at 790 TFLOP/s. Shared memory works for 79 % of the tensor cores' time in the
 kernel for queries and for 93 % in the one for keys, where two sums of 64 registers leave none for
 the rope key's gradient, kept in shared memory. exp2 takes 20 to 25 %. Within a warpgroup softmax
