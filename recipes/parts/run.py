@@ -27,6 +27,7 @@ from deepzoo.recipes.parts import checkpoint
 from deepzoo.recipes.parts.fit import Hook, fit
 from deepzoo.recipes.parts.log import Log
 from deepzoo.recipes.parts.memory import estimate
+from deepzoo.recipes.parts.mesh import parsed, placed, spread
 from deepzoo.recipes.parts.settings import differences, plain
 from deepzoo.recipes.parts.step import Batch, Metrics, State, Step
 from deepzoo.zoo.config import Config
@@ -60,6 +61,8 @@ class Options:
     """Write event files for TensorBoard, too."""
     quiet: bool = False
     """Print nothing but errors."""
+    mesh: str = ""
+    """How all devices are used, such as "data=2,fsdp=2,expert=2"; see recipes/parts/mesh.py."""
 
 
 class Run:
@@ -72,6 +75,7 @@ class Run:
 
     Attributes:
         out: the directory.
+        mesh: of the devices, or None.
         log: where rows go; `log.note(step, name=value)` adds one.
         missed: checkpoints that could not be written.
     """
@@ -118,6 +122,7 @@ class Run:
         for name in ("save_every", "save_minutes", "keep", "log_every"):
             if (value := getattr(self.options, name)) < 0:
                 raise RequestError(f"{name} is {value}; expected 0 or more")
+        self.mesh = parsed(self.options.mesh)
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.out)
         try:
@@ -147,13 +152,22 @@ class Run:
         if not self.options.quiet:
             self.log.print(line)
 
+    def spread(self, batch: Batch) -> Batch:
+        """A batch with its rows divided over the mesh; without a mesh, as it is."""
+        return batch if self.mesh is None else spread(batch, self.mesh)
+
     def state(self, make: Callable[[], State]) -> State:
-        """The newest whole checkpoint's state, placed as `make()` is; `make()` without one.
+        """The newest whole checkpoint's state, or `make()` without one, spread over the mesh.
+
+        Without a mesh it is placed as `make()` is.
 
         Raises:
             CheckpointError: every checkpoint is damaged, or the parameters are not finite.
+            RequestError: the mesh divides nothing of this model.
         """
         state = make()
+        if self.mesh is not None:
+            state = placed(state, self._model, self.mesh)
         if checkpoint.saved(self._folder):
             like = checkpoint.abstract(state)
             del state  # there is never room for two
@@ -181,7 +195,8 @@ class Run:
         """`fit` with the log before the hooks `on`, and checkpoints after them.
 
         Args:
-            step: see `fit`; of a jitted one the memory is estimated and printed.
+            step: see `fit`; of a jitted one the memory is estimated and printed, and its batches
+                are spread over the mesh. Another one spreads them itself (`spread`).
             state: see `fit`.
             batch: see `fit`.
             steps: see `fit`.
@@ -197,12 +212,14 @@ class Run:
         """
         at, self._steps = int(state.step), steps
         if at < steps:
+            make = batch
             if hasattr(step, "lower"):
-                self.say(estimate(step, state, batch(at)))
+                make = lambda at: self.spread(batch(at))  # noqa: E731
+                self.say(estimate(step, state, make(at)))
             counted = tokens if callable(tokens) else lambda done: float(done * tokens)
             with self.log.watch(at, steps, counted, flops):
                 state = fit(
-                    step, state, batch, steps, [self.log, *on, self._keep], patience=patience
+                    step, state, make, steps, [self.log, *on, self._keep], patience=patience
                 )
         if int(state.step) != self._saved:
             self.save(state)

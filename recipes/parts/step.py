@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deepzoo.recipes.parts.bias import balanced, split_bias, with_bias
 from deepzoo.zoo.fingerprint import named
@@ -171,9 +172,12 @@ def jitted(step: Callable[..., tuple[State, Metrics]], state: State) -> Any:
     """The compiled step: it donates its state, and places the new one as `state` is placed.
 
     Under a mesh the compiler would else choose for itself, and the second step be another program.
+    Metrics are then whole on every device, so that every process can read them.
     """
     placed = jax.tree.map(lambda a: a.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
+    mesh = getattr(placed.step, "mesh", None)
+    metrics = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed, metrics))
 
 
 def several(step: Step) -> Step:
