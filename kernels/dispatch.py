@@ -5,6 +5,10 @@ An operation has up to four forms: `xla` (every platform), `triton` (NVIDIA GPUs
 traced program holds a branch for CUDA and one for everything else, and lowering keeps the one it
 needs: the same traced program lowers right for both. Within CUDA the first form that does not
 refuse is taken, by shapes, dtypes and the compute capability of the GPU the program is traced for.
+
+XLA's partitioner cannot cut a kernel. In a program that it spreads over several devices (a mesh,
+outside of a `shard_map` over all its axes, with check_vma=False) "auto" is therefore the XLA form,
+and a kernel that is named is refused; this too is decided when the program is lowered.
 """
 
 from collections.abc import Callable, Mapping
@@ -62,7 +66,8 @@ def dispatch(
         if gpu == "xla":
             return forms["xla"].run(*arrays)
         xla = forms["xla"].run
-        return jax.lax.platform_dependent(*arrays, cuda=_later(forms[gpu].run, xla), default=xla)
+        kernel = _later(forms[gpu].run, xla, xla)
+        return jax.lax.platform_dependent(*arrays, cuda=kernel, default=xla)
     if implementation not in forms:
         known = ", ".join(("auto", *forms))
         more = "" if implementation in get_args(Implementation) else " (no implementation at all)"
@@ -77,9 +82,15 @@ def dispatch(
     if implementation == "xla" or interpret:
         return form.run(*arrays)
     like = forms["xla"].run
-    return jax.lax.platform_dependent(
-        *arrays, cuda=_later(form.run, like), default=_refuse(operation, implementation, like)
+    divided = (
+        f"{operation}: implementation={implementation!r} cannot be divided by XLA's partitioner,"
+        " and this program runs on several devices; 'auto' and 'xla' can, and a shard_map over all"
+        " axes of the mesh runs the kernel on each device's part"
     )
+    return jax.lax.platform_dependent(
+        *arrays, cuda=_later(form.run, like, divided),
+        default=_refuse(operation, implementation, like),
+    )  # fmt: skip
 
 
 # Both are primitives so that nothing of a kernel is imported or traced until a program is lowered
@@ -88,17 +99,25 @@ _kernel_p, _refuse_p = Primitive("gpu_kernel"), Primitive("refuse_to_lower")
 _kernel_p.multiple_results = _refuse_p.multiple_results = True
 
 
-def _later(run: Callable[..., Any], like: Callable[..., Any]) -> Callable[..., Any]:
-    """`run`, traced when it is lowered for CUDA; `like` has results of the same shapes."""
+def _later(
+    run: Callable[..., Any], like: Callable[..., Any], divided: Callable[..., Any] | str
+) -> Callable[..., Any]:
+    """`run`, traced when it is lowered for CUDA; `like` has results of the same shapes.
+
+    divided: what runs in its place where the partitioner would have to cut it, or why nothing does.
+    """
 
     def bind(*arrays: Any) -> Any:
         leaves, tree = jax.tree.flatten(arrays)
         out, out_tree = jax.tree.flatten(jax.eval_shape(like, *arrays))
 
-        def flat(*leaves: Any) -> list[Any]:
-            return jax.tree.leaves(run(*tree.unflatten(leaves)))
+        def flat(form: Callable[..., Any]) -> Callable[..., list[Any]]:
+            return lambda *leaves: jax.tree.leaves(form(*tree.unflatten(leaves)))
 
-        return out_tree.unflatten(_kernel_p.bind(*leaves, run=flat, shapes=_shapes(out)))
+        other = divided if isinstance(divided, str) else flat(divided)
+        return out_tree.unflatten(
+            _kernel_p.bind(*leaves, run=(flat(run), other), shapes=_shapes(out))
+        )
 
     return bind
 
@@ -126,8 +145,21 @@ def _abstract(*_: Any, run: Any, shapes: tuple) -> list[ShapedArray]:
     return [ShapedArray(shape, dtype) for shape, dtype in shapes]
 
 
-def _lower_kernel(context: Any, *arrays: Any, run: Any, shapes: tuple) -> Any:
-    return mlir.lower_fun(run, multiple_results=True)(context, *arrays)
+def _lower_kernel(context: Any, *arrays: Any, run: tuple, shapes: tuple) -> Any:
+    kernel, divided = run
+    if not _is_partitioned(context.module_context.axis_context):
+        return mlir.lower_fun(kernel, multiple_results=True)(context, *arrays)
+    if isinstance(divided, str):
+        raise UnsupportedError(divided)
+    return mlir.lower_fun(divided, multiple_results=True)(context, *arrays)
+
+
+def _is_partitioned(axes: Any) -> bool:
+    """Whether the partitioner would have to cut what is lowered here: several devices, and not
+    inside a `shard_map` over every axis."""
+    if (mesh := getattr(axes, "mesh", None)) is not None:  # in a shard_map
+        return mesh.size > 1 and frozenset(axes.manual_axes) != frozenset(mesh.axis_names)
+    return getattr(axes, "num_devices", 1) > 1
 
 
 def _lower_refusal(context: Any, *arrays: Any, run: Any, shapes: tuple) -> Any:
@@ -137,8 +169,8 @@ def _lower_refusal(context: Any, *arrays: Any, run: Any, shapes: tuple) -> Any:
 def _batched(primitive: Primitive, arrays: Any, axes: Any, *, run: Any, shapes: tuple) -> tuple:
     size = next(a.shape[d] for a, d in zip(arrays, axes, strict=True) if d is not None)
     wider = tuple(((size, *shape), dtype) for shape, dtype in shapes)
-    if callable(run):
-        run = jax.vmap(run, in_axes=tuple(axes))
+    if not isinstance(run, str):
+        run = tuple(f if isinstance(f, str) else jax.vmap(f, in_axes=tuple(axes)) for f in run)
     return primitive.bind(*arrays, run=run, shapes=wider), [0] * len(shapes)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
+import child
 import jax
 import jax.numpy as jnp
 import pytest
@@ -122,6 +123,65 @@ def test_choice_by_platform_and_refusals():
     assert _added("triton", platform="cuda") == "triton"
     with pytest.raises(UnsupportedError, match=r"'triton' runs on NVIDIA GPUs only"):
         _added("triton", platform="cpu")
+
+
+DIVIDED = """
+import warnings
+warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from deepzoo.kernels.dispatch import Form, dispatch
+from deepzoo.kernels.grouped_matmul import grouped_matmul
+
+forms = {
+    "triton": Form(lambda x: x + 2, lambda: []), "xla": Form(lambda x: x + 1, lambda: []),
+}
+mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+def lowered(run, *arrays, spec=P("a"), on=mesh):
+    structs = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(on, spec)) for a in arrays
+    ]
+    return jax.jit(run).trace(*structs).lower(lowering_platforms=("cuda",)).as_text()
+
+def found(run, **options):
+    text = lowered(run, jnp.zeros(4), **options)
+    return "triton" if "2.000000e+00" in text else "xla" if "1.000000e+00" in text else "none"
+
+def auto(x):
+    return dispatch("add", "auto", forms, x)
+
+one = jax.make_mesh((1,), ("a",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+print(found(auto), found(auto, on=one), found(jax.vmap(auto)))
+spec = P(("a", "b"))
+whole = jax.shard_map(auto, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+part = jax.shard_map(
+    auto, mesh=mesh, in_specs=P("a"), out_specs=P("a"), axis_names={"a"}, check_vma=False
+)
+print(found(whole), found(part))
+try:
+    found(lambda x: dispatch("add", "triton", forms, x))
+except ValueError as error:
+    print(type(error).__name__, error)
+
+x, w = jnp.zeros((256, 128), jnp.bfloat16), jnp.zeros((4, 128, 128), jnp.bfloat16)
+sizes = jnp.zeros((4,), jnp.int32)
+gradient = jax.grad(lambda x, w, sizes: grouped_matmul(x, w, sizes).sum().astype(float), (0, 1))
+print("__gpu$xla.gpu.triton" in lowered(gradient, x, w, sizes))
+try:
+    lowered(gradient, x, w, sizes, on=one)
+except RuntimeError as error:  # of Pallas, which asks which GPU it is
+    print(error)
+"""
+
+
+def test_no_kernel_where_the_partitioner_would_have_to_cut_it():
+    lines = child.run(DIVIDED, devices=4).stdout.splitlines()
+    assert lines[0] == "xla triton xla"
+    assert lines[1] == "triton xla"  # in a shard_map over all axes, and over one of two
+    assert lines[2].startswith("UnsupportedError add: implementation='triton' cannot be divided")
+    assert lines[3] == "False"
+    assert "No supported GPU devices found" in lines[4]
 
 
 def test_refusals_list_every_reason():
