@@ -51,19 +51,25 @@ def advantages(
     return out.astype(np.float32)
 
 
-def by_component(parts: np.ndarray, **options) -> np.ndarray:
-    """Normalises each component of the reward before they are added (GDPO, arXiv 2601.05242).
+def by_component(parts: np.ndarray, weights: np.ndarray, **options) -> np.ndarray:
+    """Compares each component of the reward for itself, then adds (GDPO, arXiv 2601.05242).
+
+    So that a component with a small range is not lost beside one with a large range. The sum is
+    divided by its deviation over the whole batch: its size does not grow with the components.
 
     Args:
-        parts: [C, P, G]; weights already applied.
+        parts: [C, P, G]; NaN as for `advantages`.
+        weights: [C], of the components' advantages.
         options: as for `advantages`.
 
     Returns:
-        float32 [P, G].
+        float32 [P, G], of deviation 1; all 0 where every component of every group is dead.
     """
-    return sum((advantages(part, **options) for part in parts), np.zeros(parts.shape[1:])).astype(
-        np.float32
-    )
+    each = [w * advantages(part, **options) for w, part in zip(weights, parts, strict=True)]
+    total = np.sum(each, axis=0, dtype=np.float64)
+    there = ~np.isnan(parts).any(axis=0)
+    spread = np.sqrt((total**2).sum() / max(int(there.sum()), 1))
+    return (np.where(there, total, 0.0) / (spread + 1e-6)).astype(np.float32)
 
 
 def dead(rewards: np.ndarray) -> np.ndarray:

@@ -44,11 +44,15 @@ class Task(NamedTuple):
     judge: (problem, text, finished) -> verdict; `text` holds the thought with its tags, `finished`
         is False for an answer that was cut off.
     solution: problem -> a right answer as training text, where the task can write one.
+    slow: whether judging waits for something, so that several verdicts at once are faster.
+    fingerprint: of the data that the problems come from; empty where there is none.
     """
 
     problems: Callable[..., Iterator[Problem]]
     judge: Callable[[Problem, str, bool], Verdict]
     solution: Callable[[Problem], str] | None = None
+    slow: bool = False
+    fingerprint: str = ""
 
 
 NAMES = ("arithmetic", "arithmetic-long", "jsonl")
@@ -133,7 +137,8 @@ def from_records(records: Records, *, template: str = "", language: str = "en") 
     if language not in rewards.LANGUAGES:
         raise RequestError(f"language {language!r}: expected one of {', '.join(rewards.LANGUAGES)}")
     found = [_record(records, i, template, language) for i in range(len(records))]
-    if any(problem.tests for problem in found):
+    slow = any(problem.tests for problem in found)
+    if slow:
         sandbox.check()
     for_training, held_out = [], []
     for index, problem in enumerate(found):
@@ -148,7 +153,8 @@ def from_records(records: Records, *, template: str = "", language: str = "en") 
         while these:
             yield from (these[i] for i in rng.permutation(len(these)))
 
-    return Task(problems, _judge)
+    digest = hashlib.blake2b(repr(found).encode(errors="surrogatepass"), digest_size=16)
+    return Task(problems, _judge, slow=slow, fingerprint=digest.hexdigest())
 
 
 def _record(records: Records, index: int, template: str, language: str) -> Problem:

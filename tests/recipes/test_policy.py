@@ -232,5 +232,12 @@ def test_dropped_answers_count_for_nothing():
 
 def test_components_are_normalised_before_they_are_added():
     parts = np.array([[[1.0, 0.0, 0.0, 1.0]], [[10.0, 10.0, -10.0, -10.0]]])
-    made = by_component(parts)
-    np.testing.assert_allclose(made[0], [2, 0, -2, 0], atol=1e-4)
+    made = by_component(parts, np.ones(2))
+    np.testing.assert_allclose(made[0], np.array([2, 0, -2, 0]) / np.sqrt(2), atol=1e-4)
+    # Added first, the larger one would decide alone.
+    assert advantages(parts.sum(axis=0))[0, 1] > 0.8
+    made = by_component(parts, np.array([3.0, 1.0]))
+    np.testing.assert_allclose(made[0], np.array([4, -2, -4, 2]) / np.sqrt(10), atol=1e-4)
+    assert (by_component(np.ones((2, 3, 4)), np.ones(2)) == 0).all()
+    parts[:, 0, 1] = np.nan
+    assert by_component(parts, np.ones(2))[0, 1] == 0
