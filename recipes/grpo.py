@@ -17,12 +17,21 @@ Deviations:
 * the limit of R1-Zero's answers rises from 32,768 to 65,536 tokens at step 8,200: start a second
   run from the first one's model with the higher --max-tokens;
 * the preference models of R1's second stage are not public: only its rule-based rewards are here;
-* router biases stay as they are: rollouts and updates then choose experts alike.
+* router biases stay as they are: rollouts and updates then choose experts alike;
+* problems are drawn anew for each rollout instead of epoch by epoch;
+* multi-token prediction is not trained: the layer is saved as it was.
+
+Left out: replaying the experts of the generator (`replay` takes those of the trainer's own first
+pass, which chose them from the same numbers to within rounding); the mask of top-p sampling, for
+rollouts always draw from the whole distribution; entropy bonuses that adapt, and losses over the
+tokens of highest entropy alone.
 """
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +41,9 @@ import numpy as np
 
 from deepzoo import zoo
 from deepzoo.recipes.parts import problems as tasks
+from deepzoo.recipes.parts import rewards as rules
 from deepzoo.recipes.parts.accuracy import measure
-from deepzoo.recipes.parts.advantage import Baseline, Scale, advantages, dead
+from deepzoo.recipes.parts.advantage import Baseline, Scale, advantages, by_component, dead
 from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.flops import flops_per_token
 from deepzoo.recipes.parts.logprobs import score
@@ -44,7 +54,17 @@ from deepzoo.recipes.parts.problems import Problem, Task
 from deepzoo.recipes.parts.rollout import Trajectories, rollout, step_seed
 from deepzoo.recipes.parts.run import Options, Run
 from deepzoo.recipes.parts.schedules import scaled, warmup_constant_decay
-from deepzoo.recipes.parts.step import Mean, Metrics, State, several, start, train_step
+from deepzoo.recipes.parts.step import (
+    Loss,
+    Mean,
+    Metrics,
+    State,
+    jitted,
+    several,
+    start,
+    train_step,
+)
+from deepzoo.zoo.config import Config
 from deepzoo.zoo.errors import RequestError
 from deepzoo.zoo.prompt import encode, tokenizer_of
 from deepzoo.zoo.types import Model
@@ -58,6 +78,13 @@ class Recipe:
     """Where it starts: a shipped model or a directory."""
     task: str = "arithmetic-long"
     """Problems and their verifier, see recipes/parts/problems.py."""
+    data: str = ""
+    """File or folder of problems, for task jsonl."""
+    template: str = ""
+    """Text around {prompt} that is continued as it is, for task jsonl and models without a chat
+    format."""
+    target_language: str = "en"
+    """Of answers, where a problem of task jsonl names none."""
     steps: int = 40
     """Rollouts."""
     prompts: int = 16
@@ -78,6 +105,8 @@ class Recipe:
     """Weight of the form the answer has to have."""
     language: float = 0.0
     """Weight of language consistency (R1's second and later stages)."""
+    combine: Literal["sum", "components"] = "sum"
+    """Rewards are added and then compared within the group, or each component for itself (GDPO)."""
     scale: Scale = "group_std"
     """What advantages are divided by."""
     baseline: Baseline = "mean"
@@ -85,7 +114,11 @@ class Recipe:
     objective: Objective = dataclasses.field(default_factory=Objective)
     """Clipping, normalisation, divergence; see recipes/parts/policy.py."""
     old: Literal["rollout", "recomputed"] = "rollout"
-    """Whose log-probabilities are pi_old: the generator's, or those of a pass of the trainer."""
+    """Whose log-probabilities are pi_old: the generator's, or those of a pass of the trainer. The
+    generator's are at temperature 1; at any other they are always computed again."""
+    replay: bool = False
+    """The updates use the experts that the trainer chose before the first of them (GSPO, arXiv
+    2507.18071, 5.3), so that an update cannot move a token to other experts."""
     reference_every: int = 0
     """Rollouts after which the reference becomes the policy; 0: it stays the first model."""
     dynamic_sampling: int = 0
@@ -123,8 +156,9 @@ class Recipe:
 
 
 _ZERO = Recipe(
-    model="deepseek-v3-base", task="jsonl", steps=650, prompts=512, answers=16, minibatches=16,
-    max_tokens=32768, prompt_tokens=4096, format=1.0, rate=3e-6, beta2=0.999, warmup=0.0,
+    model="deepseek-v3-base", task="jsonl", data="problems.jsonl", template=tasks.R1_ZERO,
+    steps=650, prompts=512, answers=16, minibatches=16, max_tokens=32768, prompt_tokens=4096,
+    format=1.0, rate=3e-6, beta2=0.999, warmup=0.0,
     objective=Objective(clip_low=10.0, clip_high=10.0, beta=0.001),
     reference_every=25,  # 400 updates
     remat=True, accumulate=512, slots=512, evaluate_every=50,
@@ -132,8 +166,12 @@ _ZERO = Recipe(
 PRESETS = {
     "nano": Recipe(),
     "r1_zero": _ZERO,
-    "r1_stage1": dataclasses.replace(_ZERO, language=1.0),
-    "r1_stage2": dataclasses.replace(_ZERO, language=1.0, temperature=0.7, steps=106),
+    "r1_stage1": dataclasses.replace(
+        _ZERO, model="runs/r1_cold_start/model", template="", language=1.0
+    ),
+    "r1_stage2": dataclasses.replace(
+        _ZERO, model="runs/r1_sft/model", template="", language=1.0, temperature=0.7, steps=106
+    ),
     "modern": dataclasses.replace(
         _ZERO,
         scale="none",
@@ -151,10 +189,16 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
     Called again for the same directory, it goes on from the newest checkpoint.
 
     Raises:
-        RequestError: the model answers too few problems right to learn from its own answers.
+        RequestError: the model answers too few problems right to learn from its own answers, or
+            settings contradict each other.
+        DataError: a problem cannot be used; with file and line.
+        SandboxUnavailable: problems need programs to be run, which cannot be isolated here.
     """
     model = zoo.load(recipe.model, dtype="float32", mtp=False, stacked=True)
-    task = tasks.task(recipe.task)
+    _check(recipe, model)
+    task = tasks.task(
+        recipe.task, recipe.data, template=recipe.template, language=recipe.target_language
+    )
     config = model.config
 
     def initial() -> State:
@@ -164,9 +208,10 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         return state
 
     optimiser = _optimiser(recipe, split_bias(zoo.abstract(config))[0])
-    step = learner(recipe, model, task, optimiser)
-    with Run(out, recipe, options, model=config, tokenizer=model.tokenizer) as run:
+    facts = {"problems": task.fingerprint}
+    with Run(out, recipe, options, model=config, tokenizer=model.tokenizer, facts=facts) as run:
         state = run.state(initial)
+        step = learner(recipe, model, task, optimiser, state, run.spread)
 
         def whole(state: State) -> Model:
             return model._replace(params=with_bias(state.params, state.bias), source=None)
@@ -180,7 +225,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
                 temperature=recipe.temperature, top_p=1.0, slots=recipe.slots,
             )  # fmt: skip
             share = float(found.truncated.mean())
-            return {"held_out": found.accuracy, "held_out_truncated": share}
+            sample = f"{found.problems[0].prompt} {found.completions[0][0].text}"
+            return {"held_out": found.accuracy, "held_out_truncated": share, "sample": sample}
 
         def problems(at: int) -> list[Problem]:
             return tasks.batch(task.problems, recipe.prompts, recipe.seed, at)
@@ -191,31 +237,44 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             tokens=recipe.prompts * recipe.answers * recipe.max_tokens,
             flops=flops_per_token(config, recipe.max_tokens),
         )  # fmt: skip
-        path = run.product("model", lambda path: zoo.save_hf(whole(state), path))
+        trained = with_mtp(whole(state), recipe.model)
+        path = run.product("model", lambda path: zoo.save_hf(trained, path))
     return zoo.load(path, dtype="float32")
 
 
-def learner(recipe: Recipe, model: Model, task: Task, optimiser) -> Callable:
-    """(state, problems) -> (state, metrics): one rollout and its updates."""
+def learner(
+    recipe: Recipe, model: Model, task: Task, optimiser, like: State, spread: Callable
+) -> Callable:
+    """(state, problems) -> (state, metrics): one rollout and its updates.
+
+    `like` is a state that is placed as all will be, `spread` places a batch beside it.
+    """
     config, objective = model.config, recipe.objective
     width = recipe.prompt_tokens + recipe.max_tokens
-    scored = functools.partial(score, config, temperature=recipe.temperature, remat=recipe.remat)
+    one = train_step(learning(recipe, config), optimiser, recipe.accumulate, clip=recipe.clip)
+    update = several(jitted(one, like))
 
-    def loss(params, batch, key):
-        del key
-        found = scored(params, batch["tokens"])
-        return policy_loss(
-            objective, found.logprobs, found.entropy, batch["old"], batch["advantages"],
-            batch["mask"], longest=recipe.max_tokens, reference=batch.get("reference"),
-            rollout=batch.get("rollout"),
-        )  # fmt: skip
+    @functools.partial(jax.jit, static_argnames="temperature")
+    def micro(params, tokens, temperature: float):
+        found = score(config, params, tokens, temperature=temperature)
+        experts = jnp.moveaxis(found.routing.indices, 1, 0) if found.routing else None
+        return found.logprobs, experts if recipe.replay else None
 
-    one = train_step(loss, optimiser, recipe.accumulate, clip=recipe.clip)
-    update = several(jax.jit(one, donate_argnums=0))
+    def scored(params, tokens, temperature: float = recipe.temperature):
+        """Log-probabilities [N, T - 1] and, to be replayed, experts [N, L, T - 1, K]."""
+        rows = recipe.prompts * recipe.answers // recipe.minibatches // recipe.accumulate
+        cut = [tokens[i : i + rows] for i in range(0, len(tokens), rows)]
+        found = [micro(params, part, temperature) for part in cut]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
-    @jax.jit
-    def logprobs(params, tokens):
-        return scored(params, tokens).logprobs
+    def recomputed(params, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """`old`, and what the generator reported as `rollout`, at the same temperature."""
+        old, experts = scored(params, batch["tokens"])
+        reported = batch["old"]
+        if recipe.temperature != 1.0:  # the difference at 1, where there is something to compare
+            reported = old + reported - scored(params, batch["tokens"], 1.0)[0]
+        found = {"old": old, "rollout": reported}
+        return found if experts is None else found | {"experts": experts}
 
     def sample(state: State, problems: list[Problem], round: int) -> tuple[Trajectories, list]:
         made = rollout(
@@ -225,10 +284,12 @@ def learner(recipe: Recipe, model: Model, task: Task, optimiser) -> Callable:
             eos_ids=tokenizer_of(model).eos_ids, temperature=recipe.temperature,
             seed=step_seed(recipe.seed, int(state.step), round), slots=recipe.slots,
         )  # fmt: skip
-        return made, [
-            judged(recipe, task, model, problems[made.group[row]], made, row)
-            for row in range(len(made.group))
-        ]
+
+        def verdict(row: int) -> dict[str, float]:
+            return judged(recipe, task, model, problems[made.group[row]], made, row)
+
+        with ThreadPoolExecutor(os.cpu_count() if task.slow else 1) as pool:
+            return made, list(pool.map(verdict, range(len(made.group))))
 
     def step(state: State, problems: list[Problem]) -> tuple[State, Metrics]:
         made, verdicts = sample(state, problems, 0)
@@ -240,18 +301,19 @@ def learner(recipe: Recipe, model: Model, task: Task, optimiser) -> Callable:
             fresh = tasks.batch(task.problems, int(gone.sum()), recipe.seed, at, round)
             made, verdicts = _replaced(made, verdicts, gone, *sample(state, fresh, round))
         rewards = _rewards(recipe, verdicts)
-        batch = _batch(recipe, made, advantages(
-            rewards, scale=recipe.scale, baseline=recipe.baseline
-        ))  # fmt: skip
-        if recipe.old == "recomputed":
-            batch["rollout"] = batch["old"]
-            batch["old"] = np.asarray(
-                logprobs(with_bias(state.params, state.bias), batch["tokens"])
-            )
+        options: dict[str, Any] = {"scale": recipe.scale, "baseline": recipe.baseline}
+        if recipe.combine == "sum":
+            batch = _batch(recipe, made, rewards, advantages(rewards, **options))
+        else:
+            found = by_component(*_components(recipe, verdicts), **options)
+            batch = _batch(recipe, made, rewards, found)
+        if recipe.old == "recomputed" or recipe.replay or recipe.temperature != 1.0:
+            batch |= recomputed(with_bias(state.params, state.bias), batch)
         if objective.beta:
             reference = with_bias(state.extra["reference"], state.bias)
-            batch["reference"] = np.asarray(logprobs(reference, batch["tokens"]))
-        state, metrics = update(state, _parts(batch, recipe.minibatches))
+            batch["reference"] = scored(reference, batch["tokens"])[0]
+        parts = [spread(part) for part in _parts(batch, recipe.minibatches)]
+        state, metrics = update(state, parts)
         every = recipe.reference_every
         if objective.beta and every and int(state.step) % every == 0:
             state = state._replace(extra={"reference": jax.tree.map(jnp.copy, state.params)})
@@ -261,6 +323,25 @@ def learner(recipe: Recipe, model: Model, task: Task, optimiser) -> Callable:
     return step
 
 
+def learning(recipe: Recipe, config: Config) -> Loss:
+    """The loss of an update, over batches of `_batch`."""
+
+    def loss(params, batch, key):
+        del key
+        experts = batch.get("experts")
+        found = score(
+            config, params, batch["tokens"], temperature=recipe.temperature, remat=recipe.remat,
+            experts=None if experts is None else jnp.moveaxis(experts, 0, 1),
+        )  # fmt: skip
+        return policy_loss(
+            recipe.objective, found.logprobs, found.entropy, batch["old"], batch["advantages"],
+            batch["mask"], longest=recipe.max_tokens, reference=batch.get("reference"),
+            rollout=batch.get("rollout"),
+        )  # fmt: skip
+
+    return loss
+
+
 def judged(
     recipe: Recipe, task: Task, model: Model, problem: Problem, made: Trajectories, row: int
 ) -> dict[str, float]:
@@ -268,19 +349,27 @@ def judged(
     ids = made.answer(row)
     finished = not made.truncated[row]
     text = tokenizer_of(model).decode(ids[:-1] if finished else ids)
-    verdict = dict(task.judge(problem, text, finished))
-    if recipe.overlong_tokens:  # DAPO, eq. 13
-        room = recipe.max_tokens - recipe.overlong_tokens
-        verdict["overlong"] = -max(0, len(ids) - room) / recipe.overlong_tokens
+    opened = encode(model, problem.prompt, raw=problem.raw).thought
+    verdict = dict(task.judge(problem, rules.THINK + text if opened else text, finished))
+    if recipe.overlong_tokens:
+        verdict["overlong"] = rules.overlong(len(ids), recipe.max_tokens, recipe.overlong_tokens)
     return verdict
 
 
-def _rewards(recipe: Recipe, verdicts: list[dict[str, float]]) -> np.ndarray:
-    """Weighted sums of the components, float64 [P, G]."""
+def _components(recipe: Recipe, verdicts: list[dict[str, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Components of the reward, float64 [C, P, G], NaN in all where one is NaN; and weights [C]."""
     weights = {"accuracy": recipe.accuracy, "format": recipe.format, "language": recipe.language}
     weights["overlong"] = 1.0
-    total = [sum(w * v[k] for k, w in weights.items() if w and k in v) for v in verdicts]
-    return np.array(total, np.float64).reshape(-1, recipe.answers)
+    used = [k for k, w in weights.items() if w and k in verdicts[0]]
+    parts = np.array([[v[k] for v in verdicts] for k in used], np.float64)
+    parts += 0 * parts.sum(axis=0)
+    return parts.reshape(len(used), -1, recipe.answers), np.array([weights[k] for k in used])
+
+
+def _rewards(recipe: Recipe, verdicts: list[dict[str, float]]) -> np.ndarray:
+    """Sums of the weighted components, float64 [P, G]."""
+    parts, weights = _components(recipe, verdicts)
+    return np.tensordot(weights, parts, 1)
 
 
 def _replaced(made, verdicts, gone, fresh, fresh_verdicts):
@@ -298,11 +387,13 @@ def _replaced(made, verdicts, gone, fresh, fresh_verdicts):
     return Trajectories(*fields), out
 
 
-def _batch(recipe: Recipe, made: Trajectories, advantage: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows for the loss; position t is about token t + 1."""
-    mask = made.mask
+def _batch(
+    recipe: Recipe, made: Trajectories, rewards: np.ndarray, advantage: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Rows for the loss; position t is about token t + 1. Without a verdict, nothing counts."""
+    mask = made.mask * ~np.isnan(rewards).reshape(-1, 1)
     if recipe.overlong == "mask":
-        mask = mask * ~made.truncated[:, None]
+        mask *= ~made.truncated[:, None]
     # Cut behind the longest answer, in large steps: few widths are compiled.
     used = int((made.tokens.shape[1] - (made.mask[:, ::-1] > 0).argmax(axis=1)).max())
     width = min(made.tokens.shape[1], -(-used // 64) * 64)
@@ -335,6 +426,35 @@ def _told(made: Trajectories, verdicts: list[dict[str, float]], rewards: np.ndar
     told["dead_groups"] = mean(dead(rewards))
     told["dropped"] = mean(np.isnan(rewards))
     return told
+
+
+def with_mtp(model: Model, name: str) -> Model:
+    """The model with the MTP layers it began with; they still draft, if less often right."""
+    before = zoo.load(name, dtype="float32", stacked=True)
+    if not before.config.num_nextn_predict_layers:
+        return model
+    return model._replace(config=before.config, params=model.params | {"mtp": before.params["mtp"]})
+
+
+def _check(recipe: Recipe, model: Model) -> None:
+    rows, parts, micro = recipe.prompts, recipe.minibatches, recipe.accumulate
+    if rows % parts:
+        raise RequestError(
+            f"{rows} prompts do not form {parts} mini-batches of whole groups; take a multiple"
+        )
+    if rows // parts * recipe.answers % micro:
+        raise RequestError(
+            f"{rows // parts * recipe.answers} answers of a mini-batch do not form {micro}"
+            " micro-batches; choose --accumulate so that it divides them"
+        )
+    if recipe.temperature <= 0:
+        raise RequestError("the temperature must be above 0: greedy answers of a group are all one")
+    if recipe.temperature != 1.0 and recipe.objective.correction != "none":
+        raise RequestError(
+            "the correction of rollouts needs temperature 1, at which the generator reports"
+        )
+    if recipe.replay and not model.config.num_moe_layers:
+        raise RequestError(f"{recipe.model} has no experts to replay; leave out --replay")
 
 
 def _check_learnable(recipe: Recipe, model: Model, task: Task) -> None:
