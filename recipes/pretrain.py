@@ -1,21 +1,28 @@
-"""Pretraining of a V2 or V3 model, shown on arithmetic.
+"""Pretraining of a V2 or V3 model: on arithmetic, or on texts with the papers' settings.
 
     deepzoo train pretrain --preset nano --out DIR
 
-Papers: DeepSeek-V2 (arXiv 2405.04434), DeepSeek-V3 (arXiv 2412.19437).
+Papers: DeepSeek-V2 (arXiv 2405.04434, 3.1 and appendix B), DeepSeek-V3 (arXiv 2412.19437, 4.1 and
+4.2), whose settings are the presets v2_lite, v2 and v3; `recipes/parts/losses.py` has the
+equations.
 * next-token cross entropy, plus for V3 the multi-token prediction loss, V3 eq. 21-25;
-* V2: expert-level balance loss, eq. 23-25; V3: sequence-wise balance loss, eq. 17-20, and
-  aux-loss-free biases, eq. 16.
+* V2: balance of experts, devices and communication, eq. 23-31; V3: sequence-wise balance, eq.
+  17-20, and aux-loss-free biases, eq. 16;
+* V3: a tenth of the documents as prefix, suffix, middle; documents in a row see each other.
 
-Deviations:
-* V2's device-level and communication losses (eq. 26-31) and its token dropping (2.2.4) are left
-  out: they even out the traffic between devices, and there is one device here;
+Deviations of all presets:
+* no token dropping (V2, 2.2.4), and a batch grows by `grow_by` rows at a time: every size is a
+  program of its own;
+* V2 does not say whether its packed documents see each other: they do, as in V3;
+* the balance losses take a row for a "sequence"; V2's devices are its router's groups;
+* the documents of `data` are held in memory: a corpus of the papers' size needs another loader.
+
+Deviations of nano and v3_nano:
 * Muon (arXiv 2502.16982) for the matrices instead of AdamW: clearly fewer steps at this size;
 * warm-up, constant, linear decay to 0, instead of V2's two steps down and V3's cosine; constant
-  batch size;
-* packed documents do not see each other (the papers pack without a mask);
-* the numbers of a problem are random: they are read, but only the written-out steps are learned;
-* the balance loss takes a packed row for a "sequence".
+  batch size; no device-level and communication losses: there is one device;
+* packed documents do not see each other;
+* the numbers of a problem are random: they are read, but only the written-out steps are learned.
 """
 
 import dataclasses
@@ -23,6 +30,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,19 +38,23 @@ import numpy as np
 import optax
 
 from deepzoo import zoo
-from deepzoo.kernels.linear_cross_entropy import linear_cross_entropy
-from deepzoo.kernels.router import Routing, expert_counts
-from deepzoo.recipes.parts import tasks
+from deepzoo.recipes.parts import schedules, tasks
 from deepzoo.recipes.parts.bias import split_bias, with_bias
+from deepzoo.recipes.parts.documents import Documents, encoded, fill_in_the_middle
 from deepzoo.recipes.parts.evaluate import evaluate
 from deepzoo.recipes.parts.flops import flops_per_token
+from deepzoo.recipes.parts.losses import Balance, next_token
 from deepzoo.recipes.parts.main import main
-from deepzoo.recipes.parts.optim import adamw, muon
+from deepzoo.recipes.parts.optim import Bytes, adamw, muon
 from deepzoo.recipes.parts.packing import pack
+from deepzoo.recipes.parts.records import DataError, read
+from deepzoo.recipes.parts.rows import Rows
 from deepzoo.recipes.parts.run import Options, Run
-from deepzoo.recipes.parts.schedules import scaled, warmup_constant_decay
-from deepzoo.recipes.parts.step import Loss, Mean, Metrics, Output, Step, jitted, start, train_step
+from deepzoo.recipes.parts.schedules import Ramp, Schedule, scaled
+from deepzoo.recipes.parts.step import Step, jitted, start, train_step
 from deepzoo.zoo.config import Config
+from deepzoo.zoo.fingerprint import leaf_fingerprint
+from deepzoo.zoo.load import read_tokenizer
 from deepzoo.zoo.save import save_hf
 from deepzoo.zoo.tokenizer import Tokenizer
 from deepzoo.zoo.types import Model
@@ -54,32 +66,67 @@ class Recipe:
 
     config: Config
     """The model."""
+    data: str = ""
+    """File or folder of texts; without one, arithmetic."""
+    tokenizer: str = ""
+    """Directory of the tokenizer of `data`."""
+    fim: float = 0.0
+    """Share of the documents of `data` that are learned as prefix, suffix, middle (V3)."""
+    masked: bool = True
+    """Documents of a row do not see each other; those of `data`."""
     steps: int = 2000
     """Batches."""
+    tokens: float = 0.0
+    """Of the whole run, instead of `steps`."""
     rows: int = 8
     """Rows of a batch."""
+    first_rows: int = 0
+    """Rows of the first batch, where it grows."""
+    growing: float = 0.0
+    """Tokens over which it grows to `rows`; goes with `tokens`."""
+    grow_by: int = 1
+    """Rows by which it grows at a time."""
     length: int = 256
     """Tokens of a row."""
     accumulate: int = 1
     """Micro-batches of a batch; its rows are cut into so many parts, which need less memory."""
+    remat: bool = False
+    """Compute each layer again in the backward pass, to save memory."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the model's arithmetic; parameters are kept in float32."""
+    moments: Bytes = "float32"
+    """Dtype of the optimiser's state."""
     rate: float = 0.02
     """Peak learning rate of Muon; 0 for AdamW throughout."""
     adam_rate: float = 3e-3
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.01
     """Of the matrices."""
+    schedule: Literal["constant_decay", "v2", "v3"] = "constant_decay"
+    """Of the rates: constant with linear ends, or as in the papers, with `warmup_steps`."""
     warmup: float = 0.05
     """Share of the steps in which the rates rise."""
     decay: float = 0.3
     """Share of the steps in which they fall to 0."""
+    warmup_steps: int = 2000
+    """Steps in which the rates of the papers rise."""
+    drops: tuple[float, float] = (0.6, 0.9)
+    """Shares of all tokens at which V2's rate falls to 0.316 of what it was."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     balance: float = 0.003
     """alpha_1 of V2, alpha of V3."""
+    device: float = 0.0
+    """alpha_2 of V2."""
+    communication: float = 0.0
+    """alpha_3 of V2."""
     bias_rate: float = 0.0
-    """gamma of V3, 0 for the last tenth of the steps."""
+    """gamma of V3, 0 at the end: the last tenth of the steps, with schedule v3 the last 500B of
+    14.8T tokens."""
     mtp: float = 0.0
     """lambda of V3."""
+    mtp_last: float = 1.0
+    """Share of lambda that is left after 10T of 14.8T tokens."""
     evaluate_every: int = 0
     """Steps between evaluations on held-out problems; 0 for one at the end."""
     problems: int = 500
@@ -123,85 +170,38 @@ _V3 = dataclasses.replace(
     topk_method="noaux_tc",
     scoring_func="sigmoid", norm_topk_prob=True, num_nextn_predict_layers=1,
 )  # fmt: skip
+
+
+def _from_scratch(name: str) -> Config:
+    """A released model as its pretraining began: 4,096 positions, not quantised."""
+    return dataclasses.replace(
+        zoo.config(name), rope_scaling=None, max_position_embeddings=4096, dtype="float32",
+        initializer_range=0.006, quantization_config=None,
+    )  # fmt: skip
+
+
+_PAPER = Recipe(
+    config=_from_scratch("deepseek-v2"), data="data", tokenizer="data", masked=False, tokens=8.1e12,
+    rows=9216, first_rows=2304, growing=225e9, grow_by=768, length=4096, accumulate=768, remat=True,
+    compute="bfloat16", rate=0.0, adam_rate=2.4e-4, weight_decay=0.1, schedule="v2", balance=0.003,
+    device=0.05, communication=0.02, problems=0, sample_every=0,
+)  # fmt: skip
 PRESETS = {
     "nano": Recipe(config=_V2),  # zoo/pretrained/v2-nano
     "v3_nano": Recipe(config=_V3, balance=1e-4, bias_rate=0.003, mtp=0.3),
-}
-
-
-def next_token(config: Config, *, balance: float = 0.0, mtp: float = 0.0) -> Loss:
-    """The loss over batches {"tokens", "segments", "weights"} [B, T + 1]; see the file's head."""
-
-    def loss(params, batch, key) -> Output:
-        del key
-        seen, inside = batch["tokens"][:, :-1], batch["segments"][:, :-1]
-        head = params["embed_tokens" if config.tie_word_embeddings else "lm_head"]["weight"]
-
-        def cross_entropy(hidden, ahead: int):
-            target, weight = shifted(batch, ahead)
-            x = hidden.reshape(-1, hidden.shape[-1])
-            nll, _ = linear_cross_entropy(x, head, target.reshape(-1), weight.reshape(-1))
-            return nll, weight.sum()
-
-        out = zoo.apply(config, params, seen, segment_ids=inside, logits=False)
-        nll, weight = cross_entropy(out.hidden, 1)
-        metrics: Metrics = {"nll": nll}
-        load, routings = {}, []
-        if out.routing is not None:
-            routings.append(out.routing)
-            load["moe"] = jax.vmap(lambda i: expert_counts(i, config.n_routed_experts))(
-                out.routing.indices
-            )
-        extra, hidden = jnp.zeros(()), out.hidden
-        for depth in range(config.num_nextn_predict_layers if mtp else 0):
-            later, _ = shifted(batch, 1 + depth)
-            deep = zoo.apply_mtp(
-                config, params, hidden, later, segment_ids=inside, depth=depth, logits=False
-            )
-            hidden, routing = deep.hidden, jax.tree.map(lambda a: a[None], deep.routing)
-            far, far_weight = cross_entropy(hidden, 2 + depth)
-            # eq. 24-25: the mean over depths; each is divided by the tokens of the main loss
-            extra += mtp / config.num_nextn_predict_layers * far
-            metrics[f"mtp{depth}"] = Mean(far, far_weight)
-            routings.append(routing)
-            counts = expert_counts(routing.indices, config.n_routed_experts)[None]
-            load["mtp"] = jnp.concatenate([load["mtp"], counts]) if "mtp" in load else counts
-        # each row counts as much as it has tokens to learn, so that micro-batches add up exactly
-        share = shifted(batch, 1)[1].sum(axis=-1)
-        uneven = sum((balance_loss(config, r) @ share for r in routings), jnp.zeros(()))
-        metrics |= {"balance": uneven, "load": load}
-        return Output(nll + extra + balance * uneven, weight, metrics)
-
-    return loss
-
-
-def shifted(batch: dict[str, jax.Array], ahead: int) -> tuple[jax.Array, jax.Array]:
-    """The token `ahead` places to the right of each of the first T, and its weight as a target.
-
-    Batch arrays [B, T + 1] -> int32 [B, T], float32 [B, T]; the weight is 0 in another document
-    and beyond the row's end.
-    """
-    beyond = ((0, 0), (0, ahead - 1))
-    target, weight = (jnp.pad(batch[k][:, ahead:], beyond) for k in ("tokens", "weights"))
-    segment = jnp.pad(batch["segments"][:, ahead:], beyond, constant_values=-1)
-    return target, weight * (segment == batch["segments"][:, :-1])
-
-
-def balance_loss(config: Config, routing: Routing) -> jax.Array:
-    """V2 eq. 23-25, V3 eq. 17-20: f_i P_i summed over experts and layers, float32 [B].
-
-    f_i: share of the choices that went to expert i, times the number of experts; P_i: its mean
-    affinity, normalised.
-    1 for each layer that is perfectly even.
-
-    Args:
-        config: the model.
-        routing: of the expert layers, [L, B, T, ...].
-    """
-    experts = config.n_routed_experts
-    chosen = jax.nn.one_hot(routing.indices, experts).mean(axis=(2, 3)) * experts
-    scores = routing.scores / routing.scores.sum(axis=-1, keepdims=True)
-    return (chosen * scores.mean(axis=2)).sum(axis=-1).sum(axis=0)
+    "v2_lite": dataclasses.replace(
+        _PAPER, config=_from_scratch("deepseek-v2-lite"), tokens=5.7e12, rows=4608, first_rows=0,
+        growing=0.0, accumulate=576, adam_rate=4.2e-4, drops=(0.8, 0.9), balance=0.001, device=0.0,
+        communication=0.0,
+    ),
+    "v2": _PAPER,
+    "v3": dataclasses.replace(
+        _PAPER, config=_from_scratch("deepseek-v3-base"), fim=0.1, tokens=14.8e12, rows=15360,
+        first_rows=3072, growing=469e9, grow_by=1024, accumulate=1024, moments="bfloat16",
+        adam_rate=2.2e-4, schedule="v3", balance=1e-4, device=0.0, communication=0.0,
+        bias_rate=0.001, mtp=0.3, mtp_last=1 / 3,
+    ),
+}  # fmt: skip
 
 
 def arithmetic(tokenizer: Tokenizer, recipe: Recipe) -> Callable[[int], dict[str, np.ndarray]]:
@@ -221,15 +221,64 @@ def arithmetic(tokenizer: Tokenizer, recipe: Recipe) -> Callable[[int], dict[str
     return make
 
 
+def texts(recipe: Recipe, tokenizer: Tokenizer) -> Documents:
+    """The documents of `data`, some of them as prefix, suffix, middle.
+
+    Raises:
+        DataError: the data cannot be used; with file and line.
+    """
+    made = encoded(Model(recipe.config, {}, tokenizer), read(recipe.data), format="plain")
+    if recipe.fim:
+        made = fill_in_the_middle(made, tokenizer, rate=recipe.fim, seed=recipe.seed)
+    return made
+
+
+def packed(recipe: Recipe, made: Documents) -> Callable[[int], dict[str, np.ndarray]]:
+    """step -> batch of full rows of `made`; with the weight of the MTP loss, where it changes."""
+    grown = plan(recipe)
+    rows = Rows(
+        made, rows=recipe.rows, length=recipe.length, split=True, masked=recipe.masked,
+        seed=recipe.seed,
+    )  # fmt: skip
+    weight = schedules.v3_mtp_weight(grown.share, 1.0, recipe.mtp_last)
+
+    def make(step: int) -> dict[str, np.ndarray]:
+        count = grown.rows(step)
+        batch = rows(step, first=grown.tokens(step) // recipe.length, rows=count)
+        if recipe.mtp and recipe.mtp_last != 1.0:
+            batch["mtp"] = np.full((count,), weight(step), np.float32)
+        return batch
+
+    return make
+
+
+def plan(recipe: Recipe) -> Ramp:
+    """Rows of every batch, tokens before it, steps of the run."""
+    total = recipe.tokens or float(recipe.steps * recipe.rows * recipe.length)
+    return schedules.ramp(
+        recipe.first_rows or recipe.rows, recipe.rows, recipe.growing, total, recipe.length,
+        recipe.grow_by,
+    )  # fmt: skip
+
+
 def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
     """Trains; writes `out`/model in the published layout and bfloat16, and returns it.
 
     Called again for the same directory, it goes on from the newest checkpoint.
+
+    Raises:
+        DataError: the data cannot be used, or it has no tokenizer.
     """
     config = recipe.config
-    tokenizer = Tokenizer(tasks.tokenizer_files(), config)
+    tokenizer = _tokenizer(recipe)
     step, tx = learner(recipe)
-    with Run(out, recipe, options, model=config, tokenizer=tokenizer) as run:
+    grown, facts = plan(recipe), {}
+    if recipe.data:
+        made = texts(recipe, tokenizer)
+        batch, facts["data"] = packed(recipe, made), leaf_fingerprint(made.tokens)
+    else:
+        batch = arithmetic(tokenizer, recipe)
+    with Run(out, recipe, options, model=config, tokenizer=tokenizer, facts=facts) as run:
 
         def initial():
             return start(zoo.init(config, jax.random.key(recipe.seed)), tx, recipe.seed)
@@ -252,36 +301,67 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         state = run.fit(
             jitted(step, state),
             state,
-            arithmetic(tokenizer, recipe),
-            recipe.steps,
+            batch,
+            grown.steps,
             on=[
                 run.every(recipe.evaluate_every, held_out, last=recipe.problems > 0),
                 run.every(recipe.sample_every, sample),
             ],
-            tokens=recipe.rows * recipe.length,
+            tokens=grown.tokens,
             flops=flops_per_token(config, recipe.length, mtp=bool(recipe.mtp)),
         )
         path = run.product("model", lambda path: export(trained(state), path))
     return zoo.load(path, dtype="float32")
 
 
+def _tokenizer(recipe: Recipe) -> Tokenizer:
+    if not recipe.data:
+        return Tokenizer(tasks.tokenizer_files(), recipe.config)
+    found = read_tokenizer(Path(recipe.tokenizer).expanduser(), recipe.config)
+    if found is None:
+        raise DataError(
+            f"{recipe.tokenizer or '--tokenizer'}: has no tokenizer.json; name the directory that"
+            " holds the one of --data"
+        )
+    return found
+
+
 def learner(recipe: Recipe) -> tuple[Step, optax.GradientTransformation]:
     """The step and its optimiser."""
     shape, _ = split_bias(zoo.abstract(recipe.config))
-    factor = warmup_constant_decay(recipe.steps, recipe.warmup, recipe.decay)
+    grown = plan(recipe)
+    factor = factor_of(recipe, grown)
     rate, adam_rate = scaled(recipe.rate, factor), scaled(recipe.adam_rate, factor)
+    settings: dict[str, Any] = {"decay": recipe.weight_decay, "state": recipe.moments}
     if recipe.rate:
-        tx = muon(shape, rate, adam_rate, decay=recipe.weight_decay)
+        tx = muon(shape, rate, adam_rate, **settings)
     else:
-        tx = adamw(shape, adam_rate, decay=recipe.weight_decay)
+        tx = adamw(shape, adam_rate, **settings)
+    weights = Balance(
+        expert=recipe.balance, device=recipe.device, communication=recipe.communication
+    )
+    if recipe.schedule == "v3":
+        bias_rate = schedules.v3_bias_rate(recipe.bias_rate, grown.share)
+    else:
+        bias_rate = lambda at: jnp.where(at < 0.9 * grown.steps, recipe.bias_rate, 0.0)  # noqa: E731
     step = train_step(
-        next_token(recipe.config, balance=recipe.balance, mtp=recipe.mtp),
+        next_token(recipe.config, balance=weights, mtp=recipe.mtp, remat=recipe.remat),
         tx,
         recipe.accumulate,
         clip=recipe.clip,
-        bias_rate=lambda at: jnp.where(at < 0.9 * recipe.steps, recipe.bias_rate, 0.0),
+        bias_rate=bias_rate,
+        compute=None if recipe.compute == "float32" else recipe.compute,
     )
     return step, tx
+
+
+def factor_of(recipe: Recipe, grown: Ramp) -> Schedule:
+    """What the peak rates are multiplied with."""
+    if recipe.schedule == "v2":
+        return schedules.v2(grown.steps, recipe.warmup_steps, recipe.drops, share=grown.share)
+    if recipe.schedule == "v3":
+        return schedules.v3(grown.steps, recipe.warmup_steps, share=grown.share)
+    return schedules.warmup_constant_decay(grown.steps, recipe.warmup, recipe.decay)
 
 
 def export(model: Model, path: Path) -> None:

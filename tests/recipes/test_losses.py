@@ -147,3 +147,19 @@ def test_the_z_loss_is_the_squared_logsumexp():
     with_z = next_token(V2, z_loss=0.1)(params, made, KEY)
     plain = next_token(V2)(params, made, KEY)
     assert float(with_z.loss - plain.loss) == pytest.approx(0.1 * (lse**2 * weight).sum(), rel=1e-3)
+
+
+def test_targets_lie_to_the_right_and_end_with_the_document():
+    made = {
+        "tokens": jnp.array([[10, 11, 12, 20, 21, 22, 23]]),
+        "segments": jnp.array([[0, 0, 0, 1, 1, 1, 1]]),
+        "weights": jnp.array([[0.0, 1, 1, 0, 0, 1, 1]]),  # 21 is given
+    }
+    target, weight = shifted(made, 1)
+    np.testing.assert_array_equal(target, [[11, 12, 20, 21, 22, 23]])
+    np.testing.assert_array_equal(weight, [[1, 1, 0, 0, 1, 1]])
+    target, weight = shifted(made, 2)  # the first MTP depth
+    np.testing.assert_array_equal(target * weight, [[12, 0, 0, 22, 23, 0]])
+    np.testing.assert_array_equal(weight, [[1, 0, 0, 1, 1, 0]])
+    target, weight = shifted(made, 3)  # the second
+    np.testing.assert_array_equal(target * weight, [[0, 0, 0, 23, 0, 0]])

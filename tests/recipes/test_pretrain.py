@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from deepzoo import zoo
-from deepzoo.kernels.router import Routing
 from deepzoo.recipes import pretrain
 from deepzoo.recipes.parts import tasks
 from deepzoo.recipes.parts.bias import with_bias
+from deepzoo.recipes.parts.documents import documents
 from deepzoo.recipes.parts.fit import fit
+from deepzoo.recipes.parts.losses import next_token
 from deepzoo.recipes.parts.packing import pack
 from deepzoo.recipes.parts.step import start
 from deepzoo.zoo.tokenizer import Tokenizer
@@ -65,41 +66,6 @@ def test_packing_keeps_documents_whole_and_apart():
     np.testing.assert_array_equal(made["segments"][0], [0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
 
 
-def test_targets_lie_to_the_right_and_end_with_the_document():
-    made = {
-        "tokens": jnp.array([[10, 11, 12, 20, 21, 22, 23]]),
-        "segments": jnp.array([[0, 0, 0, 1, 1, 1, 1]]),
-        "weights": jnp.array([[0.0, 1, 1, 0, 0, 1, 1]]),  # 21 is given
-    }
-    target, weight = pretrain.shifted(made, 1)
-    np.testing.assert_array_equal(target, [[11, 12, 20, 21, 22, 23]])
-    np.testing.assert_array_equal(weight, [[1, 1, 0, 0, 1, 1]])
-    target, weight = pretrain.shifted(made, 2)  # the first MTP depth
-    np.testing.assert_array_equal(target * weight, [[12, 0, 0, 22, 23, 0]])
-    np.testing.assert_array_equal(weight, [[1, 0, 0, 1, 1, 0]])
-    target, weight = pretrain.shifted(made, 3)  # the second
-    np.testing.assert_array_equal(target * weight, [[0, 0, 0, 23, 0, 0]])
-
-
-def test_the_mtp_loss_is_that_of_the_token_after_the_next():
-    """Against the logits of `apply_mtp`, position by position."""
-    made = batch()
-    tokens, segments = jnp.asarray(made["tokens"]), jnp.asarray(made["segments"])
-    params = initial(V3)
-    out = jax.jit(pretrain.next_token(V3, mtp=0.3))(params, made, KEY)
-    hidden = zoo.apply(V3, params, tokens[:, :-1], segment_ids=segments[:, :-1]).hidden
-    deep = zoo.apply_mtp(V3, params, hidden, tokens[:, 1:], segment_ids=segments[:, :-1])
-    logprobs = np.asarray(jax.nn.log_softmax(deep.logits))
-    total, count = 0.0, 0
-    for b, i in np.ndindex(tokens.shape[0], tokens.shape[1] - 2):
-        if segments[b, i] == segments[b, i + 2] and made["weights"][b, i + 2]:
-            total, count = total - logprobs[b, i, int(tokens[b, i + 2])], count + 1
-    assert float(out.metrics["mtp0"].weight) == count
-    assert float(out.metrics["mtp0"].total) == pytest.approx(total, rel=1e-4)
-    whole = float(out.metrics["nll"]) + 0.3 * total
-    assert float(out.loss) == pytest.approx(whole, rel=1e-4)
-
-
 def test_packed_documents_give_the_loss_and_gradients_of_separate_ones():
     documents = [[1, 50, 3, 41, 6, 88, 2], [1, 30, 5, 9, 2], [1, 15, 3, 10, 6, 22, 2]]
     given = 3
@@ -117,7 +83,7 @@ def test_packed_documents_give_the_loss_and_gradients_of_separate_ones():
     packed = pack(((d, given) for d in documents), 1, size - 1)
     assert packed["tokens"].tolist() == [[*documents[0], *documents[1], *documents[2]]]
 
-    loss = pretrain.next_token(V2)
+    loss = next_token(V2)
     value = jax.jit(jax.value_and_grad(lambda p, b: loss(p, b, KEY).loss))
     one, one_gradient = value(initial(V2), packed)
     many, many_gradient = value(initial(V2), alone)
@@ -126,18 +92,6 @@ def test_packed_documents_give_the_loss_and_gradients_of_separate_ones():
         np.testing.assert_allclose(a, b, atol=2e-3 * float(jnp.abs(b).max()) + 1e-5)
     unmasked = {**packed, "segments": np.zeros_like(packed["segments"])}
     assert abs(float(value(initial(V2), unmasked)[0]) - float(many)) > 1e-2
-
-
-def test_balance_loss_is_one_a_layer_when_even_and_grows_with_the_imbalance():
-    tokens = jnp.arange(64)
-    even = jnp.stack([tokens % 8, (tokens + 1) % 8], axis=-1)[None, None]
-    scores = jnp.full((1, 1, 64, 8), 0.125)
-    routing = Routing(even.astype(jnp.int32), jnp.ones((1, 1, 64, 2)), scores)
-    assert pretrain.balance_loss(V2, routing).tolist() == pytest.approx([1.0], rel=1e-5)
-    sharp = jnp.zeros_like(scores).at[..., :2].set(0.5)
-    uneven = Routing(jnp.zeros_like(even) + jnp.arange(2), routing.weights, sharp)
-    # f = (4, 4, 0...), P = (1/2, 1/2, 0...)
-    assert pretrain.balance_loss(V2, uneven).tolist() == pytest.approx([4.0], rel=1e-5)
 
 
 @functools.cache
@@ -177,3 +131,64 @@ def test_a_few_steps_learn():
     first, last = np.mean([x for _, x in seen[:3]]), np.mean([x for _, x in seen[-3:]])
     assert first > 8.0  # ln 1007 = 6.9, plus 0.3 times as much of MTP
     assert last < first - 2.5
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "rates", "sizes", "steps"),
+    [
+        ("v2_lite", 15.7, {0: 4.2e-4, 0.85: 1.32720e-4, 0.95: 4.19395e-5}, (4608, 4608), 301_997),
+        ("v2", 235.7, {0: 2.4e-4, 0.7: 7.584e-5, 0.95: 2.39654e-5}, (2304, 9216), None),
+        ("v3", 671.0, {0: 2.2e-4, 0.97: 2.2e-5, 0.995: 7.3e-6}, (3072, 15360), None),
+    ],
+)
+def test_the_papers_settings_make_a_step_of_the_whole_model(name, billions, rates, sizes, steps):
+    """Shapes alone: the state and one step at full size, nothing is computed."""
+    made = pretrain.PRESETS[name]
+    grown = pretrain.plan(made)
+    assert (grown.rows(0), grown.rows(grown.steps - 1)) == sizes
+    assert steps is None or grown.steps == steps
+    assert grown.tokens(grown.steps) == pytest.approx(made.tokens, rel=1e-5)
+    assert all(grown.rows(s) % made.accumulate == 0 for s in range(0, grown.steps, 997))
+    factor = pretrain.factor_of(made, grown)
+    for share, rate in rates.items():
+        at = max(int(share * grown.steps), made.warmup_steps)
+        assert made.adam_rate * float(factor(at)) == pytest.approx(rate, rel=1e-4)
+    step, tx = pretrain.learner(made)
+    whole = zoo.abstract(made.config)
+    mtp = whole.get("mtp", {})
+    main = sum(x.size for x in jax.tree.leaves(whole)) - sum(x.size for x in jax.tree.leaves(mtp))
+    assert main / 1e9 == pytest.approx(billions, rel=1e-3)
+    state = jax.eval_shape(lambda params: start(params, tx, 0), whole)
+    batch = {
+        "tokens": jax.ShapeDtypeStruct((made.accumulate, made.length + 1), jnp.int32),
+        "segments": jax.ShapeDtypeStruct((made.accumulate, made.length + 1), jnp.int32),
+        "weights": jax.ShapeDtypeStruct((made.accumulate, made.length + 1), jnp.float32),
+        "mtp": jax.ShapeDtypeStruct((made.accumulate,), jnp.float32),
+    }
+    after, metrics = jax.eval_shape(step, state, batch)
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after)
+    assert all(jax.tree.leaves(same))
+    assert metrics["sums"]["load"]["moe"].shape == (
+        made.config.num_moe_layers, made.config.n_routed_experts,
+    )  # fmt: skip
+    assert ("mtp" in metrics["sums"]["load"]) == (name == "v3")
+
+
+def test_texts_fill_every_row_of_a_growing_batch_and_carry_the_mtp_weight():
+    made = dataclasses.replace(
+        recipe(V3), tokens=600.0, rows=4, first_rows=2, growing=100.0, grow_by=2, length=10,
+        masked=False, mtp=0.3, mtp_last=1 / 3,
+    )  # fmt: skip
+    pairs = [([1, *range(10 * i, 10 * i + n), 2], 1) for i, n in enumerate((5, 17, 9, 30), 1)]
+    make, grown = pretrain.packed(made, documents(pairs, list("abcd"), 1007)), pretrain.plan(made)
+    sizes = [make(s)["tokens"].shape for s in range(grown.steps)]
+    assert sizes[0] == (2, 11)
+    assert sizes[-1] == (4, 11)
+    weights = [float(make(s)["mtp"][0]) for s in range(grown.steps)]
+    assert weights[0] == 1.0
+    assert weights[-1] == pytest.approx(1 / 3)
+    for s in range(3):
+        assert (make(s)["segments"] == 0).all()
+        assert ((make(s)["tokens"] != 1) == (make(s)["weights"] == 1)).all()
+    last, following = make(0)["tokens"][-1], make(1)["tokens"][0]
+    assert last[-1] == following[0]  # rows overlap by the token that is a target in one
