@@ -23,6 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import jax
+
 from deepzoo.recipes.parts import checkpoint
 from deepzoo.recipes.parts.fit import Hook, fit
 from deepzoo.recipes.parts.log import Log
@@ -122,6 +124,11 @@ class Run:
         for name in ("save_every", "save_minutes", "keep", "log_every"):
             if (value := getattr(self.options, name)) < 0:
                 raise RequestError(f"{name} is {value}; expected 0 or more")
+        if jax.process_count() > 1:
+            raise RequestError(
+                f"{self.out}: a run's directory is for one process, and this is one of"
+                f" {jax.process_count()}; several use `fit` and `checkpoint.save_state` alone"
+            )
         self.mesh = parsed(self.options.mesh)
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.out)
