@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,6 +62,10 @@ def write_tree(
 ) -> Path:
     """Writes trees of arrays and their manifest in one atomic step.
 
+    Of several `jax.distributed` processes all call it, with arrays that are spread over all of them
+    and a directory on a file system that they share. Each writes its part of the arrays, the first
+    everything else; all return once the directory is there.
+
     Args:
         directory: must not exist, or be empty; its parents are made.
         trees: name -> any tree of arrays; what is not a dict (an optimiser's state) is written as
@@ -70,23 +75,24 @@ def write_tree(
         progress: see `progress.Progress`.
 
     Raises:
-        CheckpointError: the directory is in use, the disk is full, or a leaf is no array.
+        CheckpointError: the directory is in use, the disk is full, a leaf is no array, or another
+            process failed.
     """
-    if jax.process_count() > 1:
-        raise CheckpointError(f"{directory}: saving from several processes is not supported yet")
     directory = Path(directory)
     arrays = {
         tree: {k: _array(k, v) for k, v in named(value).items()} for tree, value in trees.items()
     }
     total = sum(x.nbytes for leaves in arrays.values() for x in leaves.values())
     with (
-        new_directory(directory, total, CheckpointError) as temporary,
+        _directory_of_all(directory, total) as temporary,
         track(f"writing {directory.name}", total, progress) as advance,
     ):
         for tree, leaves in arrays.items():
             _write_orbax(temporary / tree, leaves)
             advance(sum(x.nbytes for x in leaves.values()))
         described = {tree: {k: _describe(x) for k, x in v.items()} for tree, v in arrays.items()}
+        if jax.process_index():
+            return directory
         if finish is not None:
             finish(temporary)
         manifest = {
@@ -101,6 +107,53 @@ def write_tree(
         text = json.dumps(manifest, indent=1, allow_nan=False)
         (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return directory
+
+
+@contextmanager
+def _directory_of_all(directory: Path, needed: int) -> Iterator[Path]:
+    """`new_directory`, made by the first process and known to all."""
+    if jax.process_count() == 1:
+        with new_directory(directory, needed, CheckpointError) as temporary:
+            yield temporary
+        return
+    with _all_or_none(directory), ExitStack() as stack:
+        told = ""
+        if jax.process_index() == 0:
+            try:
+                made = stack.enter_context(new_directory(directory, needed, CheckpointError))
+                told = f" {made}"
+            except CheckpointError as error:
+                told = str(error)
+        told = _of_first(told)
+        if not told.startswith(" "):
+            raise CheckpointError(told)
+        with _all_or_none(directory):  # before the first process makes it visible
+            yield Path(told[1:])
+
+
+@contextmanager
+def _all_or_none(directory: Path) -> Iterator[None]:
+    """Waits at its end for all processes, and fails in each if it failed in one."""
+    from jax.experimental import multihost_utils
+
+    fine = False
+    try:
+        yield
+        fine = True
+    finally:
+        every = np.all(multihost_utils.process_allgather(np.array(fine)))
+    if not every:
+        raise CheckpointError(f"{directory}: another process could not write its part")
+
+
+def _of_first(text: str) -> str:
+    """The first process's text, in all of them."""
+    from jax.experimental import multihost_utils
+
+    raw = np.zeros(8192, np.uint8)
+    data = text.encode()[: raw.size]
+    raw[: len(data)] = np.frombuffer(data, np.uint8)
+    return bytes(multihost_utils.broadcast_one_to_all(raw)).rstrip(b"\0").decode(errors="replace")
 
 
 def read_manifest(directory: str | Path) -> Manifest:
@@ -216,6 +269,10 @@ def _array(name: str, leaf: Any) -> jax.Array:
         raise CheckpointError(f"{name} is a {type(leaf).__name__}; checkpoints hold arrays only")
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise CheckpointError(f"{name} is a random key; keep the seed and the step instead")
+    if jax.process_count() > 1 and getattr(leaf, "is_fully_addressable", True):
+        raise CheckpointError(
+            f"{name} is on this process alone; put it on a mesh of all {jax.process_count()}"
+        )
     return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
 
 
