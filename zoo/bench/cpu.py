@@ -1,8 +1,9 @@
-"""Decode and prefill on the CPU, alone or against a peer that runs in an environment of its own.
+"""Decode, prefill and training on the CPU, alone or against a peer in an environment of its own.
 
 Both sides read the same weights from the same directory and use the same number of threads. They
 are measured in turn, round by round, so that a change in the machine's speed hits both; medians are
-compared. Every round also checks that both computed the same thing.
+compared. Every round also checks that both computed the same thing: the same tokens; in training,
+where both go on from round to round, the same loss.
 """
 
 import json
@@ -18,13 +19,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
+from deepzoo.kernels.linear_cross_entropy import linear_cross_entropy
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.engine import Engine, Request
 from deepzoo.zoo.errors import RequestError
-from deepzoo.zoo.functional import init
+from deepzoo.zoo.functional import apply, init, stack
 from deepzoo.zoo.load import load
+from deepzoo.zoo.model import Params
 from deepzoo.zoo.save import save_hf
 from deepzoo.zoo.types import Model
 
@@ -39,6 +44,7 @@ CONFIG = Config(
 
 PEERS = {"transformers": Path(__file__).parent / "peers" / "transformers_cpu.py"}
 PROMPT, TOKENS = 64, 64
+RATE, BETAS, DECAY = 1e-4, (0.9, 0.95), 0.1  # AdamW's, on both sides
 
 
 class Case(NamedTuple):
@@ -55,6 +61,7 @@ CASES = (
     Case("decode, batch 1", "decode", 1, PROMPT, TOKENS),
     Case("decode, batch 8", "decode", 8, PROMPT, 8 * TOKENS),
     Case("prefill, 512 tokens", "prefill", 1, 512, 512),
+    Case("training step, 4 x 128", "train", 4, 128, 512),
 )
 
 
@@ -95,6 +102,38 @@ def ours(model: Model, case: Case) -> tuple[float, list[int]]:
     return seconds, next(e.tokens for e in rest if e.request == 0)
 
 
+class Training:
+    """Next-token training on one batch: forward, backward and AdamW, weight decay on everything."""
+
+    def __init__(self, model: Model, case: Case):
+        ids = prompt_ids(case, model.config.vocab_size).astype(np.int32)
+        config, tx = model.config, optax.adamw(RATE, *BETAS, eps=1e-8, weight_decay=DECAY)
+        self.batch = jnp.asarray(ids)
+        self.params = stack(jax.tree.map(jnp.copy, model.params))
+        self.moments = tx.init(self.params)
+
+        def loss(params: Params, tokens: jax.Array) -> jax.Array:
+            hidden = apply(config, params, tokens[:, :-1], logits=False).hidden
+            rows, target = hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
+            head = params["lm_head"]["weight"]
+            total, _ = linear_cross_entropy(rows, head, target, jnp.ones(target.shape))
+            return total / target.size
+
+        def step(params: Params, moments: Any, tokens: jax.Array):
+            value, gradient = jax.value_and_grad(loss)(params, tokens)
+            updates, moments = tx.update(gradient, moments, params)
+            return optax.apply_updates(params, updates), moments, value
+
+        self._step = jax.jit(step, donate_argnums=(0, 1))
+
+    def measure(self) -> tuple[float, float]:
+        """Seconds of one step, and its loss."""
+        start = time.perf_counter()
+        self.params, self.moments, loss = self._step(self.params, self.moments, self.batch)
+        jax.block_until_ready(self.params)
+        return time.perf_counter() - start, float(loss)
+
+
 class Peer:
     """A peer's process: one line of JSON in, one line out.
 
@@ -117,15 +156,16 @@ class Peer:
             ) from None
         self.versions: dict[str, str] = self._read()
 
-    def measure(self, case: Case) -> tuple[float, list[int]]:
-        """Seconds of one round of the peer, and its tokens."""
+    def measure(self, case: Case) -> tuple[float, Any]:
+        """Seconds of one round of the peer, and its tokens or its loss."""
         ids = prompt_ids(case, CONFIG.vocab_size).tolist()
         request = {"operation": case.operation, "ids": ids, "tokens": TOKENS}
+        request |= {"rate": RATE, "betas": BETAS, "decay": DECAY}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         found = self._read()
-        return found["seconds"], found["tokens"]
+        return found["seconds"], found["loss" if case.operation == "train" else "tokens"]
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None and self.process.stderr is not None
@@ -197,17 +237,20 @@ def _measure(
     model: Model, peer: Peer | None, case: Case, rounds: int, progress: Callable[[str], None]
 ) -> Row:
     mine, theirs = [], []
+    training = Training(model, case) if case.operation == "train" else None
     for n in range(rounds + 1):  # the first compiles and warms up
         progress(f"{case.name}: round {n} of {rounds}")
-        seconds, tokens = ours(model, case)
+        seconds, result = ours(model, case) if training is None else training.measure()
         mine.append(seconds)
         if peer is not None:
             seconds, other = peer.measure(case)
             theirs.append(seconds)
-            if tokens != other:
+            # Losses of the same parameters, and of those that both made of them.
+            same = result == other if training is None else abs(result - other) < 1e-3
+            if not same:
                 raise RequestError(
-                    f"{case.name}: the peer {peer.name} computed other tokens; a time for something"
-                    " else is no comparison"
+                    f"{case.name}: the peer {peer.name} computed {other}, not {result}; a time for"
+                    " something else is no comparison"
                 )
     seconds = statistics.median(mine[1:])
     if peer is None:

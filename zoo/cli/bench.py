@@ -21,7 +21,8 @@ from deepzoo.zoo.errors import RequestError
 class Bench:
     """Measure a small model on the CPU, the kernels on a GPU, or whole models on a GPU.
 
-    cpu: decode and prefill of a 135M-parameter V2 model with random weights, in float32.
+    cpu: decode, prefill and a training step of a 135M-parameter V2 model with random weights, in
+    float32.
     kernels: every kernel against float64, the hardware's limit and its peers; without a GPU, what
     compiling them for absent GPUs tells.
     gpu: prefill, decode and training of models with random weights.
