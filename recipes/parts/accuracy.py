@@ -5,14 +5,18 @@ Q problems  N samples of each
 
 import itertools
 import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from deepzoo import zoo
+from deepzoo.recipes.parts import rewards
 from deepzoo.recipes.parts.problems import Problem, Task
 from deepzoo.zoo.errors import RequestError
 from deepzoo.zoo.generate import Completion
+from deepzoo.zoo.prompt import encode
 from deepzoo.zoo.types import Model
 
 
@@ -40,12 +44,7 @@ class Score(NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """95% interval of `accuracy`; problems are independent, samples of one are not."""
-        count, samples = self.right.shape
-        if samples == 1:
-            return wilson(int(self.right.sum()), count)
-        means = self.right.mean(axis=1)
-        half = _Z * float(means.std(ddof=1)) / math.sqrt(count) if count > 1 else 1.0
-        return max(0.0, self.accuracy - half), min(1.0, self.accuracy + half)
+        return interval(self.right.mean(axis=1))
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -61,12 +60,26 @@ class Score(NamedTuple):
 _Z = 1.959964  # of a normal, 95% within
 
 
-def wilson(right: int, total: int, z: float = _Z) -> tuple[float, float]:
+def wilson(right: float, total: int, z: float = _Z) -> tuple[float, float]:
     """Wilson's score interval of a share, 95% by default; sound near 0 and 1, too."""
     share, spread = right / total, z * z / total
     centre = share + spread / 2
     half = z * math.sqrt(share * (1 - share) / total + spread / total / 4)
     return (centre - half) / (1 + spread), (centre + half) / (1 + spread)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95% interval of the mean of a share that was measured on each of Q problems: [Q], 0 to 1.
+
+    Wilson's for shares of 0 and 1. Others vary less, so a normal with the deviation between the
+    problems serves; where they do not vary at all, Wilson's again.
+    """
+    values, count = np.asarray(values, np.float64), len(values)
+    spread = float(values.std(ddof=1)) if count > 1 else 0.0
+    if np.isin(values, (0.0, 1.0)).all() or not spread:
+        return wilson(float(values.sum()), count)
+    mean, half = float(values.mean()), _Z * spread / math.sqrt(count)
+    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def held_out(task: Task, count: int, seed: int = 0) -> list[Problem]:
@@ -112,6 +125,7 @@ def measure(
     """
     asked = held_out(task, count, seed)
     raw = asked[0].raw
+    opening = rewards.THINK if encode(model, asked[0].prompt, raw=raw).thought else ""
     made = zoo.generate(
         model, [p.prompt for p in asked for _ in range(samples)], raw=raw, max_tokens=max_tokens,
         temperature=temperature, top_p=top_p, seed=seed, slots=slots, speculative=speculative,
@@ -122,7 +136,7 @@ def measure(
         return np.array([[value(p, c) for c in row] for p, row in zip(asked, answers, strict=True)])
 
     return Score(
-        table(lambda p, c: task.judge(p, c.text, c.finish == "eos").get("accuracy") == 1.0),
+        table(lambda p, c: task.judge(p, opening + c.text, c.finish == "eos")["accuracy"] == 1.0),
         table(lambda p, c: c.finish == "length"),
         table(lambda p, c: len(c.tokens)),
         asked,
@@ -140,3 +154,29 @@ def pass_at_k(right: np.ndarray, k: int) -> np.ndarray:
     if not 1 <= k <= total:
         raise ValueError(f"pass@{k} needs at least {k} samples, there are {total}")
     return np.array([1.0 - math.comb(total - int(c), k) / math.comb(total, k) for c in good])
+
+
+def majority_at_k(right: np.ndarray, votes: Sequence[Sequence[str | None]], k: int) -> np.ndarray:
+    """Share of groups of k samples whose most frequent answer is right (cons@k of R1): [Q].
+
+    The N samples form N // k groups, in order. Of answers that are equally frequent the first one
+    counts; a group in which nobody answers is wrong.
+
+    Args:
+        right: bool [Q, N], N at least k.
+        votes: [Q][N], what each sample answers; None if it answers nothing.
+        k: voters.
+    """
+    total = right.shape[1]
+    if not 1 <= k <= total:
+        raise ValueError(f"maj@{k} needs at least {k} samples, there are {total}")
+    out = []
+    for row, said in zip(right, votes, strict=True):
+        won = []
+        for begin in range(0, total - k + 1, k):
+            group = range(begin, begin + k)
+            counts = Counter(said[i] for i in group if said[i] is not None)
+            top = counts.most_common(1)[0][0] if counts else None
+            won.append(any(bool(row[i]) for i in group if top is not None and said[i] == top))
+        out.append(np.mean(won))
+    return np.array(out)

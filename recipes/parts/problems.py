@@ -44,14 +44,18 @@ class Task(NamedTuple):
     judge: (problem, text, finished) -> verdict; `text` holds the thought with its tags, `finished`
         is False for an answer that was cut off.
     solution: problem -> a right answer as training text, where the task can write one.
+    vote: text -> the answer in it, spelled so that equal answers are equal texts; None without one.
     slow: whether judging waits for something, so that several verdicts at once are faster.
+    everything: all problems in the order of the file, where there is one.
     fingerprint: of the data that the problems come from; empty where there is none.
     """
 
     problems: Callable[..., Iterator[Problem]]
     judge: Callable[[Problem, str, bool], Verdict]
     solution: Callable[[Problem], str] | None = None
+    vote: Callable[[str], str | None] = lambda text: text.strip() or None
     slow: bool = False
+    everything: tuple[Problem, ...] = ()
     fingerprint: str = ""
 
 
@@ -110,7 +114,11 @@ def _arithmetic(numbers: int | None) -> Task:
     def solution(problem: Problem) -> str:
         return " = ".join(tasks.steps(problem.answer))
 
-    return Task(problems, judge, solution)
+    def vote(text: str) -> str | None:
+        found = tasks.answer(text)
+        return None if found is None else str(found)
+
+    return Task(problems, judge, solution, vote)
 
 
 def from_records(records: Records, *, template: str = "", language: str = "en") -> Task:
@@ -154,7 +162,10 @@ def from_records(records: Records, *, template: str = "", language: str = "en") 
             yield from (these[i] for i in rng.permutation(len(these)))
 
     digest = hashlib.blake2b(repr(found).encode(errors="surrogatepass"), digest_size=16)
-    return Task(problems, _judge, slow=slow, fingerprint=digest.hexdigest())
+    return Task(
+        problems, _judge, vote=rewards.vote, slow=slow, everything=tuple(found),
+        fingerprint=digest.hexdigest(),
+    )  # fmt: skip
 
 
 def _record(records: Records, index: int, template: str, language: str) -> Problem:

@@ -86,6 +86,17 @@ def final_answer(text: str) -> tuple[str | None, str]:
     return (answer, "") if answer else (None, "no answer")
 
 
+def vote(text: str) -> str | None:
+    """The final answer, spelled so that equal ones are the same text; None without one."""
+    found, _ = final_answer(text)
+    if found is None or len(found) > LONGEST:
+        return None
+    try:
+        return str(number(found))
+    except Unreadable:
+        return plain(found) or None
+
+
 def _braced(text: str, at: int) -> str | None:
     """Inside of the braces that open at `at`, unless it is far too long."""
     depth = 0

@@ -15,6 +15,7 @@ from deepzoo.recipes.parts.rewards import (
     overlong,
     program,
     repeated,
+    vote,
 )
 
 RIGHT = [
@@ -124,6 +125,14 @@ def test_hostile_answers_are_worth_nothing_within_ten_milliseconds(name):
 def test_an_answer_is_the_last_box_of_what_stands_behind_the_thought():
     assert final_answer("<think>a</think> b \\boxed{x{y}z} c") == ("x{y}z", "")
     assert final_answer("<think>a</think> b ") == ("b", "")
+
+
+def test_equal_answers_have_one_vote():
+    assert vote("\\boxed{0.5}") == vote("<answer>\\frac{1}{2}</answer>") == "1/2"
+    assert vote("\\boxed{2 \\sqrt{3}}") == vote("\\boxed{2\\sqrt{3}}") == "2\\sqrt{3}"
+    assert vote("\\boxed{}") is None
+    assert vote("<think>") is None
+    assert vote("7" * 2000) is None
 
 
 def test_numbers_are_exact():

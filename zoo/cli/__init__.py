@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": "Write a checkpoint in the other layout or in another dtype.",
     "recipes": "List, show or copy the training recipes.",
     "train": "Run a training recipe, or go on with one.",
+    "evaluate": "Measure how often a model is right.",
     "plot": "Draw the curves of runs.",
     "bench": "Measure speed on this machine.",
 }
