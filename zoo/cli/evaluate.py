@@ -21,8 +21,7 @@ class Evaluate:
     `deepzoo evaluate MODEL --help` tells all options: task, number of problems and answers,
     sampling, text for the perplexity.
 
-    Example: deepzoo evaluate v2-nano --problems 50 --temperature 0 --samples 1 --passes 1
-    --majorities 1
+    Example: deepzoo evaluate v2-nano
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
