@@ -1,0 +1,218 @@
+"""GRPO's recipe: rollouts that the trainer agrees with, groups, options, refusals, and that it
+learns."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from golden import GOLDEN
+
+from deepzoo import zoo
+from deepzoo.recipes import grpo
+from deepzoo.recipes.grpo import PRESETS
+from deepzoo.recipes.parts import problems as tasks
+from deepzoo.recipes.parts.log import read_metrics
+from deepzoo.recipes.parts.logprobs import score
+from deepzoo.recipes.parts.policy import Objective
+from deepzoo.recipes.parts.rollout import Trajectories, rollout
+from deepzoo.recipes.parts.run import Options
+from deepzoo.zoo.errors import RequestError
+from deepzoo.zoo.prompt import encode
+
+TINY = dataclasses.replace(
+    PRESETS["nano"], task="arithmetic", steps=2, prompts=4, answers=4, max_tokens=32,
+    prompt_tokens=16, held_out=8, evaluate_every=0, slots=16,
+)  # fmt: skip
+QUIET = Options(log_every=1, tensorboard=False, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.load("v2-nano", dtype="float32", mtp=False, stacked=True)
+
+
+@pytest.fixture(scope="module")
+def made(model):
+    """Answers to four problems, four each, so hot that they differ."""
+    asked = tasks.batch(tasks.task("arithmetic").problems, 4, 0)
+    prompts = [encode(model, p.prompt, raw=True).tokens for p in asked]
+    found = rollout(
+        model.config, model.params, prompts, answers=4, max_tokens=32, width=48,
+        eos_ids=model.tokenizer.eos_ids, seed=0, slots=16, temperature=2.0,
+    )  # fmt: skip
+    return prompts, found
+
+
+def test_rollouts_and_trainer_agree_on_every_log_probability(model, made):
+    """Generator (a cache, one token at a time) and trainer (whole rows) are one model: 1e-4."""
+    found = made[1]
+    logprobs = score(model.config, model.params, found.tokens).logprobs
+    off = np.abs(np.asarray(logprobs) - found.logprobs[:, 1:]) * found.mask[:, 1:]
+    assert off.max() < 1e-4
+    assert off.sum() / found.mask.sum() < 1e-5
+    # They are far from other tokens' log-probabilities, so that the bound says something.
+    assert np.abs(np.roll(np.asarray(logprobs), 1, axis=1) - found.logprobs[:, 1:]).max() > 1
+
+
+def test_answers_lie_beside_those_of_their_group(model, made):
+    prompts, found = made
+    assert found.group.tolist() == [i for i in range(4) for _ in range(4)]
+    for row, group in enumerate(found.group):
+        prompt = prompts[group]
+        assert found.tokens[row, : len(prompt)].tolist() == prompt
+        assert not found.mask[row, : len(prompt)].any()
+        length = found.lengths[row]
+        assert found.mask[row, len(prompt) : len(prompt) + length].all()
+        assert found.mask[row].sum() == length
+        ended = found.answer(row)[-1] in model.tokenizer.eos_ids
+        assert ended != found.truncated[row]
+    assert len({tuple(found.answer(row)) for row in range(16)}) > 8
+
+
+def test_rollouts_do_not_depend_on_the_slots(model, made):
+    prompts, found = made
+    again = rollout(
+        model.config, model.params, prompts, answers=4, max_tokens=32, width=48,
+        eos_ids=model.tokenizer.eos_ids, seed=0, slots=8, temperature=2.0,
+    )  # fmt: skip
+    np.testing.assert_array_equal(again.tokens, found.tokens)
+    np.testing.assert_allclose(again.logprobs, found.logprobs, atol=1e-4)
+
+
+def run(tmp_path, **changes):
+    out = tmp_path / "run"
+    grpo.train(dataclasses.replace(TINY, **changes), out, QUIET)
+    return [r for r in read_metrics(out / "metrics.jsonl") if "loss" in r], out
+
+
+def test_the_first_update_has_ratio_one_whatever_the_temperature(tmp_path):
+    """Nothing is clipped however narrow the clip, and the loss is minus the mean advantage, 0."""
+    narrow = Objective(clip_low=1e-3, clip_high=1e-3)
+    rows, _ = run(
+        tmp_path, temperature=2.0, objective=narrow, steps=1, overlong_tokens=30, least=0.0
+    )
+    assert rows[0]["clipped"] == 0
+    assert abs(rows[0]["loss"]) < 1e-5
+    assert rows[0]["dead_groups"] < 1
+    assert rows[0]["norm"] > 1e-3
+    assert rows[0]["mismatch_max"] < 1e-4
+
+
+def test_all_options_at_once(tmp_path):
+    rows, out = run(
+        tmp_path, minibatches=2, accumulate=2, old="recomputed", replay=True, format=0.5,
+        combine="components", scale="batch_std", baseline="leave_one_out", dynamic_sampling=1,
+        overlong="mask", overlong_tokens=8, reference_every=1, temperature=1.2,
+        objective=Objective(
+            beta=0.1, kl="unbiased", entropy=0.01, dual_clip=3.0, norm="token", off_policy=0.5
+        ),
+    )  # fmt: skip
+    assert [r["step"] for r in rows] == [1, 2]
+    assert all(np.isfinite(list(r.values())).all() for r in rows)
+    assert rows[0]["kl"] < 1e-4  # the reference is the policy before the updates
+    assert {"reward/format", "reward/overlong", "truncated", "entropy", "dropped"} <= set(rows[0])
+    notes = [r for r in read_metrics(out / "metrics.jsonl") if "held_out" in r]
+    assert " = " in notes[-1]["sample"]
+
+
+def test_a_replayed_update_keeps_the_experts(model, made):
+    """`_check` aside: the recorded experts are those of the pass, and they enter the loss."""
+    found = made[1]
+    scored = score(model.config, model.params, found.tokens)
+    moved = jax.tree.map(lambda a: a * 1.05, model.params)
+    free = score(model.config, moved, found.tokens).routing
+    held = score(model.config, moved, found.tokens, experts=scored.routing.indices).routing
+    assert (np.asarray(free.indices) != np.asarray(scored.routing.indices)).any()
+    np.testing.assert_array_equal(held.indices, scored.routing.indices)
+
+
+def verdicts(*accuracies):
+    return [{"accuracy": a, "format": 1.0, "language": 0.5} for a in accuracies]
+
+
+def test_rewards_are_weighted_sums_and_no_verdict_is_no_reward():
+    recipe = dataclasses.replace(TINY, answers=2, format=0.5, language=2.0)
+    found = grpo._rewards(recipe, verdicts(1.0, 0.0, np.nan, 1.0))
+    np.testing.assert_array_equal(found, [[2.5, 1.5], [np.nan, 2.5]])
+
+
+def trajectories(count=4, width=12):
+    mask = np.zeros((count, width), np.float32)
+    mask[:, 3:8] = 1
+    tokens = np.arange(count * width, dtype=np.int32).reshape(count, width)
+    group = np.repeat(np.arange(count // 2, dtype=np.int32), 2)
+    return Trajectories(tokens, mask, mask * -1.5, group, np.array([False] * (count - 1) + [True]))
+
+
+def test_what_has_no_verdict_or_was_cut_off_is_not_in_the_loss():
+    made = trajectories()
+    rewards = np.array([[1.0, np.nan], [0.0, 1.0]])
+    recipe = dataclasses.replace(TINY, answers=2)
+    batch = grpo._batch(recipe, made, rewards, np.zeros((2, 2)))
+    assert batch["mask"].sum(axis=1).tolist() == [5, 0, 5, 5]
+    batch = grpo._batch(
+        dataclasses.replace(recipe, overlong="mask"), made, rewards, np.zeros((2, 2))
+    )
+    assert batch["mask"].sum(axis=1).tolist() == [5, 0, 5, 0]
+    assert made.mask.sum() == 20  # the rollout itself is as it was
+    # Position t is about token t + 1: the first that counts is the last of the prompt.
+    assert batch["mask"][0].tolist()[:8] == [0, 0, 1, 1, 1, 1, 1, 0]
+
+
+def test_dead_groups_are_replaced_and_the_others_stay():
+    made, fresh = trajectories(), trajectories(2)
+    fresh = fresh._replace(tokens=fresh.tokens + 1000)
+    new, found = grpo._replaced(made, list("abcd"), np.array([False, True]), fresh, list("xy"))
+    assert found == list("abxy")
+    np.testing.assert_array_equal(new.tokens[:2], made.tokens[:2])
+    np.testing.assert_array_equal(new.tokens[2:], fresh.tokens)
+    assert new.group.tolist() == [0, 0, 1, 1]
+    np.testing.assert_array_equal(made.tokens, trajectories().tokens)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"least": 1.1}, "fine-tune it first"),
+        ({"minibatches": 3}, "4 prompts do not form 3 mini-batches"),
+        ({"accumulate": 3}, "16 answers of a mini-batch do not form 3 micro-batches"),
+        ({"temperature": 0.0}, "must be above 0"),
+        ({"temperature": 0.7, "objective": Objective(correction="mask")}, "needs temperature 1"),
+        ({"task": "jsonl"}, "needs --data"),
+        ({"prompt_tokens": 2}, "do not fit in"),
+    ],
+)
+def test_what_cannot_go_well_is_refused_before_anything_is_learned(tmp_path, changes, told):
+    with pytest.raises(RequestError, match=told):
+        run(tmp_path, **changes)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_layers_that_draft_are_saved_as_they_were(tmp_path):
+    """Training leaves the MTP layer out; the product has it again, beside what was trained."""
+    before = zoo.load(GOLDEN / "v3_like", dtype="float32", stacked=True)
+    dropped = zoo.load(GOLDEN / "v3_like", dtype="float32", mtp=False, stacked=True)
+    assert "mtp" not in dropped.params
+    trained = dropped._replace(params=jax.tree.map(lambda a: a + 1, dropped.params))
+    zoo.save_hf(grpo.with_mtp(trained, str(GOLDEN / "v3_like")), tmp_path / "model")
+    after = zoo.load(tmp_path / "model", dtype="float32", stacked=True)
+    assert after.config.num_nextn_predict_layers == 1
+    assert jax.tree.all(jax.tree.map(np.array_equal, after.params["mtp"], before.params["mtp"]))
+    rest = {k: v for k, v in after.params.items() if k != "mtp"}
+    assert jax.tree.all(jax.tree.map(np.array_equal, rest, trained.params))
+
+
+def test_models_without_such_layers_are_left_alone(model):
+    assert grpo.with_mtp(model, "v2-nano") is model
+
+
+def test_problems_from_a_file(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    sums = [(a, b) for a in range(10, 40) for b in range(3)]
+    rows = [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a, b in sums]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rows, _ = run(tmp_path, task="jsonl", data=str(path), template="{prompt}", steps=1, held_out=2)
+    assert 0 <= rows[0]["accuracy"] <= 1
+    assert rows[0]["reward/format"] == 0
