@@ -28,7 +28,8 @@ class Case(NamedTuple):
     outputs: result -> the part that `reference` returns.
     fp8: whether the floor is that of FP8 arithmetic.
     reach, least: seconds on one H200 that are aimed at, and at least to be had; None if not set.
-    temp: bytes of scratch memory that a form may take; None for twice the inputs and outputs.
+    temp: bytes of scratch memory that a form may take; None for three times the inputs and
+        outputs, and 64 MiB.
     """
 
     operation: str

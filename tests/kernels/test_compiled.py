@@ -6,6 +6,7 @@ oldest jax.
 
 from collections.abc import Iterator
 
+import jax
 import pytest
 
 from deepzoo.kernels import aot, cases
@@ -53,5 +54,5 @@ def test_compiles(compiler: aot.Compiler, case: Case, form: str, gpu: str):
         assert report.shared is not None and report.shared <= TARGETS[gpu].shared_per_block
     assert report.collectives == {}
     assert report.temp is not None and report.arguments is not None and report.outputs is not None
-    bound = case.temp or 2 * (report.arguments + report.outputs) + SLACK
+    bound = case.temp or 3 * (report.arguments + report.outputs) + SLACK
     assert report.temp <= bound, f"{report.temp} bytes of scratch, largest {report.largest}"
