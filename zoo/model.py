@@ -53,8 +53,10 @@ class Block(nnx.Module):
         attended, cache = self.self_attn(self.input_layernorm(x), context, cache)
         x = x + attended
         normed = self.post_attention_layernorm(x)
-        y = self.mlp(normed) if experts is None else self.mlp(normed, experts)
-        y, routing = y if isinstance(y, tuple) else (y, None)
+        if isinstance(self.mlp, MoE):
+            y, routing = self.mlp(normed, experts)
+        else:
+            y, routing = self.mlp(normed), None
         return x + y, cache, routing
 
 

@@ -115,9 +115,9 @@ def sample(
         _write(_path(run.out, int(state.step)), found)
         count = jnp.float32(len(found))
         sums = {
-            "accuracy": Mean(sum(a.right for a in found), count),
-            "length": Mean(sum(a.tokens for a in found), count),
-            "truncated": Mean(sum(not a.finished for a in found), count),
+            "accuracy": Mean(jnp.float32(sum(a.right for a in found)), count),
+            "length": Mean(jnp.float32(sum(a.tokens for a in found)), count),
+            "truncated": Mean(jnp.float32(sum(not a.finished for a in found)), count),
         }
         none = jnp.float32(jnp.nan)  # there is no loss
         metrics = {"loss": none, "norm": none, "weight": count, "finite": True, "sums": sums}
