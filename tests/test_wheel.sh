@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Build the distribution from the tracked files, check that nothing is missing from it, install it in an empty environment
-# with the versions of constraints.txt, and run the tests against it from another folder. Extra arguments go to pytest.
+# with the versions of constraints.txt, and run tests against it from another folder: those named as arguments (options of
+# pytest and paths below tests/), or all.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -36,4 +37,5 @@ if "site-packages" not in str(zoo.__file__):
     sys.exit(f"the tests would see {zoo.__file__}, not the wheel")'
 "$dir/env/bin/deepzoo" --help > "$dir/help"
 grep -q deepzoo "$dir/help"
-"$dir/env/bin/pytest" -p no:cacheprovider -q "$@" "$root/tests"
+cd "$root/tests" # pytest's folder is no package's: `deepzoo` still comes from the wheel
+"$dir/env/bin/pytest" -p no:cacheprovider -q "$@"
