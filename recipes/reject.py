@@ -52,7 +52,7 @@ class Recipe:
     """Of sampling."""
     top_p: float = 1.0
     """Nucleus."""
-    keep: int = 4
+    per_problem: int = 4
     """Answers that are kept of a problem at most; the first ones. 0 for all."""
     form: bool = False
     """Keep only answers of the form that the task asks for."""
@@ -80,7 +80,7 @@ PRESETS = {
     "nano": Recipe(),
     "r1_600k": Recipe(
         model="runs/r1_stage1/model", task="jsonl", data="problems.jsonl", prompts=150_000,
-        answers=16, max_tokens=32768, keep=4, form=True, language=0.95, repeated=0.2,
+        answers=16, max_tokens=32768, per_problem=4, form=True, language=0.95, repeated=0.2,
         paragraph=2000, code=False, shortest=64, at_once=64, slots=512,
     ),
 }  # fmt: skip
@@ -144,7 +144,7 @@ def filtered(recipe: Recipe, out: Path):
         reason = fault(recipe, answer)
         if not reason and answer.text in seen:
             reason = "the same again"
-        if not reason and recipe.keep and kept >= recipe.keep:
+        if not reason and recipe.per_problem and kept >= recipe.per_problem:
             reason = "enough of this problem"
         if not reason:
             seen.add(answer.text)

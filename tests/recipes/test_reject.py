@@ -85,12 +85,12 @@ def test_repeats_and_surplus_are_left_out(monkeypatch, tmp_path):
     texts = ["a", "a", "b", "c", "d"]
     made = [answer(t) for t in texts] + [answer(t, problem=1) for t in texts]
     monkeypatch.setattr(answers, "made", lambda out: iter(made))
-    recipe = dataclasses.replace(PRESETS["nano"], keep=2)
+    recipe = dataclasses.replace(PRESETS["nano"], per_problem=2)
     found = [reason for _, reason in filtered(recipe, tmp_path)]
     again = ["kept", "the same again", "kept", *["enough of this problem"] * 2]
     assert found == again * 2
     everything = collections.Counter(
-        reason for _, reason in filtered(dataclasses.replace(recipe, keep=0), tmp_path)
+        reason for _, reason in filtered(dataclasses.replace(recipe, per_problem=0), tmp_path)
     )
     assert everything == {"kept": 8, "the same again": 2}
 
