@@ -7,7 +7,9 @@ several samples in a row that do not see each other. R1 (arXiv 2501.12948; suppl
 article in Nature 645, 2025): the cold start and the fine-tuning on 800K samples, cosine from 5e-5
 to 5e-6, 32,768 tokens, batches of 128, two to three epochs from V3-Base.
 
-Only completions are learned (`recipes/parts/documents.py` says what a record may hold).
+Only completions are learned (`recipes/parts/documents.py` says what a record may hold). With
+`lora_rank` only low-rank adapters are trained (`recipes/parts/lora.py`): they are written to
+`out`/adapter, which PEFT opens, and merged into `out`/model.
 
 Deviations:
 * the papers do not say what happens with samples longer than a row: `overlong` asks;
@@ -15,10 +17,16 @@ Deviations:
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+import optax
+
 from deepzoo import zoo
+from deepzoo.recipes.parts import lora
 from deepzoo.recipes.parts import problems as tasks
 from deepzoo.recipes.parts.accuracy import measure
 from deepzoo.recipes.parts.bias import split_bias, with_bias
@@ -31,7 +39,7 @@ from deepzoo.recipes.parts.records import DataError, read
 from deepzoo.recipes.parts.rows import Overlong, Rows
 from deepzoo.recipes.parts.run import Options, Run
 from deepzoo.recipes.parts.schedules import scaled, warmup_cosine
-from deepzoo.recipes.parts.step import State, jitted, start, train_step
+from deepzoo.recipes.parts.step import State, cast, jitted, start, train_step
 from deepzoo.zoo.fingerprint import leaf_fingerprint
 from deepzoo.zoo.types import Model
 
@@ -80,6 +88,12 @@ class Recipe:
     """Dtype of the model's arithmetic; parameters are kept in float32."""
     moments: Bytes = "float32"
     """Dtype of the optimiser's state."""
+    lora_rank: int = 0
+    """Rank of low-rank adapters; 0 trains the whole model."""
+    lora_alpha: float = 16.0
+    """Their factor, times the rank."""
+    lora_targets: tuple[lora.Target, ...] = ("attention",)
+    """Linear layers that get one."""
     evaluate_every: int = 0
     """Steps between evaluations on held-out problems of `task`; 0 for one at the end."""
     held_out: int = 200
@@ -116,21 +130,27 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         overlong=recipe.overlong, seed=recipe.seed,
     )  # fmt: skip
     steps = rows.steps(recipe.epochs)
+    trained = model.params
+    if recipe.lora_rank:
+        key = jax.random.key(recipe.seed)
+        trained = lora.init(config, recipe.lora_rank, recipe.lora_targets, key)
     factor = warmup_cosine(steps, round(recipe.warmup * steps), recipe.last)
     optimiser = adamw(
-        split_bias(model.params)[0], scaled(recipe.rate, factor), decay=recipe.weight_decay,
+        split_bias(trained)[0], scaled(recipe.rate, factor), decay=recipe.weight_decay,
         state=recipe.moments,
     )  # fmt: skip
-    step = train_step(
-        next_token(config, remat=recipe.remat), optimiser, recipe.accumulate, clip=recipe.clip,
-        compute=None if recipe.compute == "float32" else recipe.compute,
-    )  # fmt: skip
     facts = {"tokens": int(made.starts[-1]), "data": leaf_fingerprint(made.tokens)}
-    with Run(out, recipe, options, model=config, tokenizer=model.tokenizer, facts=facts) as run:
-        state = run.state(lambda: start(model.params, optimiser, recipe.seed))
+    if recipe.lora_rank:  # the checkpoints hold the adapters alone
+        facts["model"] = leaf_fingerprint(model.params["embed_tokens"]["weight"])
+    whole_model = {"model": None if recipe.lora_rank else config, "tokenizer": model.tokenizer}
+    with Run(out, recipe, options, facts=facts, **whole_model) as run:
+        state = run.state(lambda: start(trained, optimiser, recipe.seed))
 
         def whole(state: State) -> Model:
-            return model._replace(params=with_bias(state.params, state.bias), source=None)
+            params = with_bias(state.params, state.bias)
+            if recipe.lora_rank:
+                params = lora.merge(config, model.params, params, recipe.lora_alpha)
+            return model._replace(params=params, source=None)
 
         def held_out(state: State) -> dict[str, Any]:
             found = measure(
@@ -143,11 +163,32 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         if recipe.held_out and recipe.task:
             hooks.append(run.every(recipe.evaluate_every, held_out, last=True))
         state = run.fit(
-            jitted(step, state), state, rows, steps, on=hooks, tokens=recipe.rows * recipe.length,
-            flops=flops_per_token(config, recipe.length),
+            learner(recipe, model, optimiser, state), state, rows, steps, on=hooks,
+            tokens=recipe.rows * recipe.length, flops=flops_per_token(config, recipe.length),
         )  # fmt: skip
         path = run.product("model", lambda path: zoo.save_hf(whole(state), path))
+        if recipe.lora_rank:
+            adapter = functools.partial(
+                lora.export, config, state.params, recipe.lora_alpha, base=recipe.model
+            )
+            run.product("adapter", adapter)
     return zoo.load(path, dtype="float32")
+
+
+def learner(
+    recipe: Recipe, model: Model, optimiser: optax.GradientTransformation, state: State
+) -> Callable:
+    """(state, batch) -> (state, metrics) of the whole model or of its adapters."""
+    loss = next_token(model.config, remat=recipe.remat)
+    combine = lora.combine(recipe.lora_alpha, recipe.lora_rank) if recipe.lora_rank else None
+    step = train_step(
+        loss, optimiser, recipe.accumulate, clip=recipe.clip, combine=combine,
+        compute=None if recipe.compute == "float32" else recipe.compute,
+    )  # fmt: skip
+    if not recipe.lora_rank:
+        return jitted(step, state)
+    frozen = model.params if recipe.compute == "float32" else cast(model.params, recipe.compute)
+    return functools.partial(jitted(step, state), frozen=frozen)
 
 
 def samples(recipe: Recipe, model: Model) -> Documents:

@@ -60,6 +60,9 @@ def init(config: Config, key: jax.Array, *, stacked: bool = True) -> Params:
 def bind(config: Config, params: Params) -> Decoder:
     """A real `nnx.Module` holding these parameters, for people and for tools that want one.
 
+    Low-rank adapters, leaves `lora_a` and `lora_b` beside a linear map's `weight`, may be there;
+    `apply` and everything built on it then computes with them.
+
     Raises:
         ValueError: the tree does not have the config's parameters; up to ten paths are named.
     """
@@ -69,12 +72,19 @@ def bind(config: Config, params: Params) -> Decoder:
         tuple(_key(k) for k in path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
     }
+    adapters = {p: given.pop(p) for p in list(given) if p[-1] in ("lora_a", "lora_b")}
     if missing := sorted("/".join(map(str, p)) for p in flat.keys() ^ given.keys()):
         raise ValueError(
             f"parameters do not fit the config, {len(missing)} paths differ:"
             f" {', '.join(missing[:10])}"
         )
-    return nnx.merge(graph, nnx.from_flat_state({p: v.replace(given[p]) for p, v in flat.items()}))
+    model = nnx.merge(graph, nnx.from_flat_state({p: v.replace(given[p]) for p, v in flat.items()}))
+    for path, leaf in adapters.items():
+        layer = model
+        for key in path[:-1]:
+            layer = layer[key] if isinstance(layer, nnx.Dict) else getattr(layer, key)
+        setattr(layer, path[-1], nnx.Param(leaf))
+    return model
 
 
 def _key(entry: Any) -> Any:

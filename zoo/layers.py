@@ -44,7 +44,14 @@ def param(
 
 class Linear(nnx.Module):
     """y = x W^T (+ b); W is [..., outputs, inputs], float or float8_e4m3fn with
-    `weight_scale_inv`."""
+    `weight_scale_inv`.
+
+    `functional.bind` adds `lora_a` [..., r, inputs] and `lora_b` [..., outputs, r] where the
+    parameters have them: y += x A^T B^T (arXiv 2106.09685, eq. 3), W whatever it is.
+    """
+
+    lora_a: nnx.Param
+    lora_b: nnx.Param
 
     def __init__(
         self,
@@ -80,14 +87,25 @@ class Linear(nnx.Module):
             y = block_fp8.matmul(x, self.weight[...], self.weight_scale_inv[...])
         else:
             y = matmul(x, self.weight[...])
+        if self.adapted:
+            y = y + matmul(matmul(x, self.lora_a[...]), self.lora_b[...])
         return y + self.bias[...].astype(y.dtype) if self.has_bias else y
+
+    @property
+    def adapted(self) -> bool:
+        """Whether it has a low-rank adapter."""
+        return hasattr(self, "lora_a")
 
     def dense(self, dtype: Any) -> jax.Array:
         """The weight as one float array, dequantised where it is FP8 (kv_b_proj, which absorption
-        takes apart)."""
+        takes apart), the adapter's product added."""
         if self.quantized:
-            return block_fp8.dequantize(self.weight[...], self.weight_scale_inv[...], dtype)
-        return self.weight[...].astype(dtype)
+            weight = block_fp8.dequantize(self.weight[...], self.weight_scale_inv[...], dtype)
+        else:
+            weight = self.weight[...].astype(dtype)
+        if self.adapted:
+            weight = weight + (self.lora_b[...] @ self.lora_a[...]).astype(dtype)
+        return weight
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:

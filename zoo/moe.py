@@ -68,10 +68,20 @@ class Experts(nnx.Module):
                 return layer.weight[...], layer.weight_scale_inv[...]
             return layer.weight[...].astype(rows.dtype), None
 
-        (gate, gate_scale), (up, up_scale) = stored(self.gate_proj), stored(self.up_proj)
-        inner = grouped_swiglu(rows, gate, up, group_sizes, gate_scale, up_scale)
-        down, down_scale = stored(self.down_proj)
-        return grouped_matmul(inner, down, group_sizes, down_scale)
+        def product(x: jax.Array, layer: Linear) -> jax.Array:
+            weight, scale = stored(layer)
+            y = grouped_matmul(x, weight, group_sizes, scale)
+            if layer.adapted:
+                low = grouped_matmul(x, layer.lora_a[...].astype(x.dtype), group_sizes)
+                y = y + grouped_matmul(low, layer.lora_b[...].astype(x.dtype), group_sizes)
+            return y
+
+        if self.gate_proj.adapted or self.up_proj.adapted:  # the fused product has no room for it
+            inner = jax.nn.silu(product(rows, self.gate_proj)) * product(rows, self.up_proj)
+        else:
+            (gate, gate_scale), (up, up_scale) = stored(self.gate_proj), stored(self.up_proj)
+            inner = grouped_swiglu(rows, gate, up, group_sizes, gate_scale, up_scale)
+        return product(inner, self.down_proj)
 
 
 class MoE(nnx.Module):
