@@ -39,7 +39,7 @@ from deepzoo.recipes.parts.records import DataError, read
 from deepzoo.recipes.parts.rows import Overlong, Rows
 from deepzoo.recipes.parts.run import Options, Run
 from deepzoo.recipes.parts.schedules import scaled, warmup_cosine
-from deepzoo.recipes.parts.step import State, cast, jitted, start, train_step
+from deepzoo.recipes.parts.step import State, jitted, start, train_step
 from deepzoo.zoo.fingerprint import leaf_fingerprint
 from deepzoo.zoo.types import Model
 
@@ -122,7 +122,9 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
     Raises:
         DataError: the data cannot be used; with file and line.
     """
-    model = zoo.load(recipe.model, dtype="float32", mtp=False, stacked=True)
+    # Frozen parameters need no float32 master copy; FP8 weights and their scales stay as they are.
+    dtype = recipe.compute if recipe.lora_rank else "float32"
+    model = zoo.load(recipe.model, dtype=dtype, mtp=False, stacked=True)
     config = model.config
     made = samples(recipe, model)
     rows = Rows(
@@ -187,8 +189,7 @@ def learner(
     )  # fmt: skip
     if not recipe.lora_rank:
         return jitted(step, state)
-    frozen = model.params if recipe.compute == "float32" else cast(model.params, recipe.compute)
-    return functools.partial(jitted(step, state), frozen=frozen)
+    return functools.partial(jitted(step, state), frozen=model.params)
 
 
 def samples(recipe: Recipe, model: Model) -> Documents:

@@ -128,6 +128,25 @@ def test_fine_tuning_with_adapters_writes_them_and_the_merged_model(tmp_path):
     assert saved["base_model_name_or_path"] == "v2-nano"
 
 
+def test_in_bfloat16_the_frozen_fp8_weights_keep_their_scales():
+    model = zoo.load(GOLDEN / "v3_fp8", dtype="bfloat16", mtp=False, stacked=True)
+    recipe = dataclasses.replace(sft.PRESETS["nano"], lora_rank=2, compute="bfloat16")
+    made = lora.init(model.config, 2, ("attention", "routed_experts"), KEY)
+    tx = optax.sgd(0.1)
+    state = start(made, tx, 0)
+    step = sft.learner(recipe, model, tx, state)
+    frozen = step.keywords["frozen"]  # pyright: ignore
+    assert frozen["moe"]["mlp"]["experts"]["up_proj"]["weight_scale_inv"].dtype == jnp.float32
+    assert frozen["embed_tokens"]["weight"].dtype == jnp.bfloat16
+    tokens = np.arange(3, 16, dtype=np.int32)[None]
+    weights = np.ones(tokens.shape, np.float32)
+    after, metrics = step(state, {"tokens": tokens, "segments": 0 * tokens, "weights": weights})
+    assert bool(metrics["finite"])
+    assert all(
+        np.asarray(p["b"]).any() and p["b"].dtype == jnp.float32 for p in after.params.values()
+    )
+
+
 @pytest.mark.parametrize("case", ["qwen2_untied", "v2_lite_like"])
 def test_what_is_written_is_read_again(case, tmp_path):
     config, _, _ = golden(case)
