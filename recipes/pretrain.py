@@ -28,6 +28,7 @@ Deviations of nano and v3_nano:
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -39,14 +40,15 @@ import optax
 
 from deepzoo import zoo
 from deepzoo.recipes.parts import schedules, tasks
+from deepzoo.recipes.parts.accuracy import Score, measure
 from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.documents import Documents, encoded, fill_in_the_middle
-from deepzoo.recipes.parts.evaluate import evaluate
 from deepzoo.recipes.parts.flops import flops_per_token
 from deepzoo.recipes.parts.losses import Balance, next_token
 from deepzoo.recipes.parts.main import main
 from deepzoo.recipes.parts.optim import Bytes, adamw, muon
 from deepzoo.recipes.parts.packing import pack
+from deepzoo.recipes.parts.problems import task
 from deepzoo.recipes.parts.records import DataError, read
 from deepzoo.recipes.parts.rows import Rows
 from deepzoo.recipes.parts.run import Options, Run
@@ -286,8 +288,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         def held_out(state):
             if not recipe.problems:
                 return {}
-            score = evaluate(trained(state), recipe.problems, temperature=0.0)
-            return {"held_out": score.right / score.total, "held_out_steps": score.steps}
+            found = measured(trained(state), recipe.problems, temperature=0.0)
+            return {"held_out": found.accuracy, "held_out_steps": links(found)}
 
         def sample(state):
             problem = next(tasks.problems(recipe.seed, int(state.step), held=True))
@@ -379,12 +381,28 @@ def export(model: Model, path: Path) -> None:
 
 def report(model: Model, count: int = 500) -> str:
     """Greedy and sampled accuracy on held-out problems."""
-    greedy = evaluate(model, count, temperature=0.0)
-    sampled = evaluate(model, count, temperature=1.0, top_p=1.0)
-    return (
-        f"greedy:        {greedy}\ntemperature 1: {sampled}\n"
-        f"{greedy.tokens} tokens in {greedy.seconds:.0f} s (greedy)"
-    )
+    begin = time.perf_counter()
+    greedy = measured(model, count, temperature=0.0)
+    seconds = time.perf_counter() - begin
+    sampled = measured(model, count, temperature=1.0)
+    lines = [
+        f"{name} {found.right.sum()} of {count} right; {found}; {links(found):.2%} of steps right"
+        for name, found in (("greedy:       ", greedy), ("temperature 1:", sampled))
+    ]
+    return "\n".join([*lines, f"{greedy.lengths.sum()} tokens in {seconds:.0f} s (greedy)"])
+
+
+def measured(model: Model, count: int, temperature: float) -> Score:
+    """Accuracy on held-out problems, from the whole distribution."""
+    options: dict[str, Any] = {"max_tokens": 128, "temperature": temperature, "top_p": 1.0}
+    return measure(model, task("arithmetic"), count, **options)
+
+
+def links(found: Score) -> float:
+    """Share of the written-out steps that have the value of the one before."""
+    pairs = zip(found.problems, found.completions, strict=True)
+    counts = [tasks.steps_right(p.answer, made.text) for p, row in pairs for made in row]
+    return sum(right for right, _ in counts) / sum(total for _, total in counts)
 
 
 if __name__ == "__main__":

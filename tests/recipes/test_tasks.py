@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from deepzoo.recipes.parts import tasks
-from deepzoo.recipes.parts.evaluate import held_out_problems, wilson
+from deepzoo.recipes.parts.accuracy import held_out, wilson
+from deepzoo.recipes.parts.problems import task
 from deepzoo.zoo.errors import RequestError
 from deepzoo.zoo.tokenizer import Tokenizer
 
@@ -45,10 +46,10 @@ def test_training_and_held_out_problems_share_no_numbers():
 
 def test_an_evaluation_asks_each_problem_once():
     assert len(set(HELD_OUT)) < 500  # the stream repeats itself
-    asked = held_out_problems(500)
+    asked = held_out(task("arithmetic"), 500)
     assert len(asked) == len(set(asked)) == 500
-    assert all(map(tasks.held_out, asked))
-    assert asked[:100] == held_out_problems(100)
+    assert all(tasks.held_out(p.answer) for p in asked)
+    assert asked[:100] == held_out(task("arithmetic"), 100)
 
 
 def test_the_held_out_share_does_not_depend_on_order_or_operators():
