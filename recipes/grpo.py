@@ -5,7 +5,7 @@
 
 Without the cold start, v2-nano is right so rarely that this refuses to start. From it, 40 rollouts
 raised sampled answers to held-out problems from 16.6% to 24.6% (500 problems, 95% intervals 13.6%
-to 20.1% and 21.0% to 28.6%) in ten minutes of CPU time; rates of 5e-4 and more made it worse.
+to 20.1% and 21.0% to 28.6%) in ten minutes of CPU time; a rate of 1e-3 made it collapse.
 
 Papers: GRPO, DeepSeekMath (arXiv 2402.03300, 4.1); R1-Zero and R1's two stages, DeepSeek-R1 (arXiv
 2501.12948, eq. 1 to 3, and "Methods" of the article in Nature 645, 2025). Dr. GRPO, DAPO, GSPO and
