@@ -110,15 +110,13 @@ def unavailable() -> list[str]:
 
 
 def ptxas() -> str | None:
-    """The `ptxas` that XLA's compiler would find, by the places it looks at."""
-    found = shutil.which("ptxas")
-    if found:
-        return found
+    """The `ptxas` that XLA's compiler would find: the environment's own before the machine's."""
     folders = [Path("/usr/local/cuda")]
     nvidia = importlib.util.find_spec("nvidia")
     if nvidia is not None and nvidia.submodule_search_locations:
-        folders += [Path(p) / "cu13" for p in nvidia.submodule_search_locations]
-    return next((str(p / "bin/ptxas") for p in folders if (p / "bin/ptxas").is_file()), None)
+        folders = [Path(p) / "cu13" for p in nvidia.submodule_search_locations] + folders
+    found = (str(p / "bin/ptxas") for p in folders if (p / "bin/ptxas").is_file())
+    return next(found, shutil.which("ptxas"))
 
 
 class Compiler:

@@ -5,6 +5,7 @@ process (tests/helpers/child.py).
 """
 
 import ipaddress
+import signal
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,11 @@ import pytest
 hypothesis.settings.register_profile("default", max_examples=50, deadline=None)
 hypothesis.settings.register_profile("nightly", max_examples=5000, deadline=None)
 hypothesis.settings.load_profile("default")  # another: pytest --hypothesis-profile nightly
+
+# A shell starts what it sends to the background with Ctrl-C ignored, and children inherit that: the
+# tests of Ctrl-C would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class NetworkForbiddenError(OSError):

@@ -75,7 +75,10 @@ def for_rows(
     if size == 4:  # no tensor cores for float32: registers decide
         tile = Tile(min(tall, 32), 64, 128 if quantised else 32, 4, 1 if quantised else 2)
     elif few:
-        tile = Tile(tall, 128 if halves else 64, 128, 4, 4 if large and not quantised else 3, True)
+        deeper = 4 if large and not quantised else 3
+        # A third step of float8 spills on Blackwell (ptxas 13.5), and eight blocks share a core.
+        stages = 2 if quantised and capability is not None and capability >= (10, 0) else deeper
+        tile = Tile(tall, 128 if halves else 64, 128, 4, stages, True)
     elif quantised:
         # Before Hopper the dequantised operand lives in registers: larger tiles spill.
         tile = Tile(tall, 128, 128, 8, 3) if large else Tile(64, 64, 128, 4, 3)
