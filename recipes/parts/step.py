@@ -176,8 +176,10 @@ def jitted(step: Callable[..., tuple[State, Metrics]], state: State) -> Any:
     """
     placed = jax.tree.map(lambda a: a.sharding, state)
     mesh = getattr(placed.step, "mesh", None)
-    metrics = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=(placed, metrics))
+    if mesh is None:  # said aloud, one device's placement would itself make two programs of it
+        return jax.jit(step, donate_argnums=0)
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed, whole))
 
 
 def several(step: Step) -> Step:

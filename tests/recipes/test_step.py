@@ -16,6 +16,7 @@ from deepzoo.recipes.parts.step import (
     State,
     cast,
     culprits,
+    jitted,
     several,
     start,
     train_step,
@@ -313,3 +314,13 @@ def test_what_a_recipe_carries_along_passes_through_a_donated_step():
     step = jax.jit(train_step(squares, tx), donate_argnums=0)
     state, _ = step(start(params, tx, 0, extra), rows(rng, 4))
     assert bits(state.extra) == before
+
+
+def test_all_steps_are_one_program():
+    rng = np.random.default_rng(5)
+    tx = optax.adam(0.01)
+    state = start(network(rng), tx, 0)
+    step = jitted(train_step(squares, tx), state)
+    for _ in range(3):
+        state, _ = step(state, rows(rng, 8))
+    assert step._cache_size() == 1
