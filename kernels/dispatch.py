@@ -207,6 +207,17 @@ def compute_capability() -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
+def core_count() -> int:
+    """Streaming multiprocessors of the GPU that is traced for; an H100's where none is known."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None and abstract.num_cores:
+        return abstract.num_cores
+    device = jax.config.jax_default_device
+    if device is None and jax.default_backend() == "gpu":
+        device = jax.devices()[0]
+    return getattr(device, "core_count", None) or 132
+
+
 def hopper_only() -> list[str]:
     """The refusal of a Mosaic form that uses Hopper's tensor cores (wgmma), if it applies here.
 

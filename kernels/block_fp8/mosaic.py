@@ -21,6 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from deepzoo.kernels.dispatch import core_count
+
 BLOCK = 128
 _HALF = 64  # rows of one wgmma
 _CONSUMERS = 2
@@ -85,17 +87,6 @@ def dense_config(m: int, n: int, cores: int) -> Config:
     return config(rows, columns, 2 if n % (2 * columns) == 0 else 1)
 
 
-def cores() -> int:
-    """Streaming multiprocessors of the GPU that is traced for; an H100's where none is known."""
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if abstract is not None and abstract.num_cores:
-        return abstract.num_cores
-    device = jax.config.jax_default_device
-    if device is None and jax.default_backend() == "gpu":
-        device = jax.devices()[0]
-    return getattr(device, "core_count", None) or 132
-
-
 def matmul(
     x: jax.Array,
     x_scale: jax.Array,
@@ -118,7 +109,7 @@ def matmul(
     m, n = x.shape[0], w.shape[0]
     spare = -m % 8  # TMA moves rows in eights
     x = jnp.pad(x, ((0, spare), (0, 0)))
-    cut = cut or dense_config(m, n, cores())
+    cut = cut or dense_config(m, n, core_count())
     row_tiles = pl.cdiv(m, cut.rows)
     scales = jnp.pad(x_scale, ((0, row_tiles * cut.rows - m), (0, 0))).T
     blocks = w.shape[1] // BLOCK
@@ -157,7 +148,7 @@ def multiply(
     mine = cut.mine
     column_tiles = pl.cdiv(n, cut.columns * cut.cluster)
     tiles = row_tiles * column_tiles
-    programs = min(max(cores() // cut.cluster, 1), tiles)
+    programs = min(max(core_count() // cut.cluster, 1), tiles)
     last_scale, last_block = w_scale.shape[1] - 1, w_scale.shape[2] - 1
     # Tiles run down 16 row tiles before they move on in N, so that those which run at one time
     # read few distinct rows and columns. Tiles of one group must stay neighbours instead.

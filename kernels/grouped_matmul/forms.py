@@ -22,7 +22,6 @@ from deepzoo.kernels.dispatch import (
 from deepzoo.kernels.grouped_matmul import tiles, xla
 
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
-_FP8_KERNEL = "deepzoo.kernels.block_fp8.mosaic_grouped"
 
 
 def product(how: Any, xs, ws, scales, group_sizes, *, transposed: bool = False) -> jax.Array:
@@ -42,8 +41,11 @@ def product(how: Any, xs, ws, scales, group_sizes, *, transposed: bool = False) 
 
     def in_mosaic(xs, ws, scales, sizes):
         if scales[0] is not None:
-            kernel = importlib.import_module(_FP8_KERNEL)
-            return kernel.grouped_matmul(xs[0], ws[0], scales[0], sizes, interpret=how.interpret)
+            from deepzoo.kernels.block_fp8 import mosaic_grouped
+
+            return mosaic_grouped.grouped_matmul(
+                xs[0], ws[0], scales[0], sizes, interpret=how.interpret
+            )
         from deepzoo.kernels.grouped_matmul import mosaic
 
         return mosaic.rows_times_groups(
@@ -152,8 +154,6 @@ def _mosaic_refusals(how: Any, xs, ws, scales, *, transposed: bool = False) -> l
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         reasons.append(f"rows are {x.dtype}, not bfloat16 or float16")
     if scales[0] is not None:
-        if not _exists(_FP8_KERNEL):
-            reasons.append(f"its kernel for float8, {_FP8_KERNEL}, is not there")
         if transposed:
             reasons.append("the float8 kernel has no gradient; use 'triton' or 'xla'")
         if w.shape[2] % 128 or w.shape[1] % 8:
@@ -170,7 +170,7 @@ def _mosaic_refusals(how: Any, xs, ws, scales, *, transposed: bool = False) -> l
 
 
 def _tokamax_refusals(scales) -> list[str]:
-    reasons = [] if _exists("tokamax") else ["tokamax is not installed: pip install tokamax"]
+    reasons = [] if _has_tokamax() else ["tokamax is not installed: pip install tokamax"]
     if compute_capability() is None:
         reasons.append("no GPU is known")
     if scales[0] is not None:
@@ -179,5 +179,5 @@ def _tokamax_refusals(scales) -> list[str]:
 
 
 @cache
-def _exists(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+def _has_tokamax() -> bool:
+    return importlib.util.find_spec("tokamax") is not None

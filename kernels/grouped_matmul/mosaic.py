@@ -23,6 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
+from deepzoo.kernels.dispatch import core_count
+
 HALF = 64  # rows of a multiplying warpgroup
 HEIGHT = 2 * HALF
 DEPTH = 64  # of a step: 128 bytes, the widest swizzle
@@ -113,17 +115,6 @@ def find(size_ref: Any, rows: int, groups: int, tile: Any, place: Place) -> tupl
     )
 
 
-def _cores() -> int:
-    """Streaming multiprocessors of the GPU that is traced for; an H100's where none is known."""
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if abstract is not None and abstract.num_cores:
-        return abstract.num_cores
-    device = jax.config.jax_default_device
-    if device is None and jax.default_backend() == "gpu":
-        device = jax.devices()[0]
-    return getattr(device, "core_count", None) or 132
-
-
 def _run(
     config: Config, xs, ws, group_sizes, outputs, transposed, interpret, *, halves=False
 ) -> tuple[jax.Array, ...]:
@@ -139,7 +130,7 @@ def _run(
     across = pl.cdiv(columns, width)
     blocks = pl.cdiv(depth, DEPTH)
     tiles = tile_count(rows, groups + 1) * across
-    programs = min(_cores(), tiles)
+    programs = min(core_count(), tiles)
     # Each loop: which rows, and which matrices are multiplied with them in one step.
     loops = ((0, (0, 1)),) if halves else tuple((p, (p,)) for p in range(len(ws)))
     sums = 2 if halves else 1
