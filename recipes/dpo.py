@@ -32,6 +32,7 @@ from deepzoo.recipes.parts.documents import pair
 from deepzoo.recipes.parts.flops import flops_per_token
 from deepzoo.recipes.parts.logprobs import score
 from deepzoo.recipes.parts.main import main
+from deepzoo.recipes.parts.mtp import with_mtp
 from deepzoo.recipes.parts.optim import adamw
 from deepzoo.recipes.parts.records import DataError, read
 from deepzoo.recipes.parts.rollout import rollout, step_seed
@@ -152,7 +153,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             jitted(step, state), state, batch, steps, on=hooks,
             tokens=2 * recipe.pairs * recipe.length, flops=flops_per_token(config, recipe.length),
         )  # fmt: skip
-        path = run.product("model", lambda path: zoo.save_hf(whole(state), path))
+        trained = with_mtp(whole(state), recipe.model)
+        path = run.product("model", lambda path: zoo.save_hf(trained, path))
     return zoo.load(path, dtype="float32")
 
 

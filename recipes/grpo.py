@@ -53,6 +53,7 @@ from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.flops import flops_per_token
 from deepzoo.recipes.parts.logprobs import score
 from deepzoo.recipes.parts.main import main
+from deepzoo.recipes.parts.mtp import with_mtp
 from deepzoo.recipes.parts.optim import adamw
 from deepzoo.recipes.parts.policy import Objective, policy_loss
 from deepzoo.recipes.parts.problems import Problem, Task
@@ -431,14 +432,6 @@ def _told(made: Trajectories, verdicts: list[dict[str, float]], rewards: np.ndar
     told["dead_groups"] = mean(dead(rewards))
     told["dropped"] = mean(np.isnan(rewards))
     return told
-
-
-def with_mtp(model: Model, name: str) -> Model:
-    """The model with the MTP layers it began with; they still draft, if less often right."""
-    before = zoo.load(name, dtype="float32", stacked=True)
-    if not before.config.num_nextn_predict_layers:
-        return model
-    return model._replace(config=before.config, params=model.params | {"mtp": before.params["mtp"]})
 
 
 def _check(recipe: Recipe, model: Model) -> None:

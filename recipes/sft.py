@@ -34,12 +34,14 @@ from deepzoo.recipes.parts.documents import Documents, documents, encoded, pair
 from deepzoo.recipes.parts.flops import flops_per_token
 from deepzoo.recipes.parts.losses import next_token
 from deepzoo.recipes.parts.main import main
+from deepzoo.recipes.parts.mtp import with_mtp
 from deepzoo.recipes.parts.optim import Bytes, adamw
 from deepzoo.recipes.parts.records import DataError, read
 from deepzoo.recipes.parts.rows import Overlong, Rows
 from deepzoo.recipes.parts.run import Options, Run
 from deepzoo.recipes.parts.schedules import scaled, warmup_cosine
 from deepzoo.recipes.parts.step import State, jitted, start, train_step
+from deepzoo.zoo.errors import RequestError
 from deepzoo.zoo.fingerprint import leaf_fingerprint
 from deepzoo.zoo.types import Model
 
@@ -82,6 +84,8 @@ class Recipe:
     """Largest norm of the gradient."""
     accumulate: int = 1
     """Micro-batches of a batch."""
+    mtp: float = 0.0
+    """Weight of the loss of multi-token prediction; 0 leaves a model's MTP layers as they are."""
     remat: bool = False
     """Compute each layer again in the backward pass, to save memory."""
     compute: Literal["float32", "bfloat16"] = "float32"
@@ -121,11 +125,15 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
 
     Raises:
         DataError: the data cannot be used; with file and line.
+        RequestError: `mtp` with low-rank adapters, or for a model without MTP layers.
     """
     # Frozen parameters need no float32 master copy; FP8 weights and their scales stay as they are.
     dtype = recipe.compute if recipe.lora_rank else "float32"
-    model = zoo.load(recipe.model, dtype=dtype, mtp=False, stacked=True)
+    model = zoo.load(recipe.model, dtype=dtype, mtp=bool(recipe.mtp), stacked=True)
     config = model.config
+    if recipe.mtp and (recipe.lora_rank or not config.num_nextn_predict_layers):
+        told = "low-rank adapters leave" if recipe.lora_rank else f"{recipe.model} has"
+        raise RequestError(f"--mtp {recipe.mtp}: {told} no MTP layer to train; use --mtp 0")
     made = samples(recipe, model)
     rows = Rows(
         made, rows=recipe.rows, length=recipe.length, split=recipe.split, masked=recipe.masked,
@@ -166,9 +174,11 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             hooks.append(run.every(recipe.evaluate_every, held_out, last=True))
         state = run.fit(
             learner(recipe, model, optimiser, state), state, rows, steps, on=hooks,
-            tokens=recipe.rows * recipe.length, flops=flops_per_token(config, recipe.length),
+            tokens=recipe.rows * recipe.length,
+            flops=flops_per_token(config, recipe.length, mtp=bool(recipe.mtp)),
         )  # fmt: skip
-        path = run.product("model", lambda path: zoo.save_hf(whole(state), path))
+        trained = whole(state) if recipe.mtp else with_mtp(whole(state), recipe.model)
+        path = run.product("model", lambda path: zoo.save_hf(trained, path))
         if recipe.lora_rank:
             adapter = functools.partial(
                 lora.export, config, state.params, recipe.lora_alpha, base=recipe.model
@@ -181,7 +191,7 @@ def learner(
     recipe: Recipe, model: Model, optimiser: optax.GradientTransformation, state: State
 ) -> Callable:
     """(state, batch) -> (state, metrics) of the whole model or of its adapters."""
-    loss = next_token(model.config, remat=recipe.remat)
+    loss = next_token(model.config, mtp=recipe.mtp, remat=recipe.remat)
     combine = lora.combine(recipe.lora_alpha, recipe.lora_rank) if recipe.lora_rank else None
     step = train_step(
         loss, optimiser, recipe.accumulate, clip=recipe.clip, combine=combine,

@@ -18,6 +18,7 @@ from deepzoo.recipes.parts import tasks as arithmetic
 from deepzoo.recipes.parts.accuracy import measure
 from deepzoo.recipes.parts.log import read_metrics
 from deepzoo.recipes.parts.logprobs import score
+from deepzoo.recipes.parts.mtp import with_mtp
 from deepzoo.recipes.parts.policy import Objective
 from deepzoo.recipes.parts.rollout import Trajectories, rollout
 from deepzoo.recipes.parts.run import Options
@@ -199,7 +200,7 @@ def test_layers_that_draft_are_saved_as_they_were(tmp_path):
     dropped = zoo.load(GOLDEN / "v3_like", dtype="float32", mtp=False, stacked=True)
     assert "mtp" not in dropped.params
     trained = dropped._replace(params=jax.tree.map(lambda a: a + 1, dropped.params))
-    zoo.save_hf(grpo.with_mtp(trained, str(GOLDEN / "v3_like")), tmp_path / "model")
+    zoo.save_hf(with_mtp(trained, str(GOLDEN / "v3_like")), tmp_path / "model")
     after = zoo.load(tmp_path / "model", dtype="float32", stacked=True)
     assert after.config.num_nextn_predict_layers == 1
     assert jax.tree.all(jax.tree.map(np.array_equal, after.params["mtp"], before.params["mtp"]))
@@ -208,7 +209,7 @@ def test_layers_that_draft_are_saved_as_they_were(tmp_path):
 
 
 def test_models_without_such_layers_are_left_alone(model):
-    assert grpo.with_mtp(model, "v2-nano") is model
+    assert with_mtp(model, "v2-nano") is model
 
 
 def test_problems_from_a_file(tmp_path):
