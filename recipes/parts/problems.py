@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepzoo.recipes.parts import rewards, sandbox, tasks
+from deepzoo.recipes.parts import countdown, rewards, sandbox, tasks
+from deepzoo.recipes.parts import countdown_traces as traces
 from deepzoo.recipes.parts.records import DataError, Records, read
 from deepzoo.zoo.errors import RequestError
 
@@ -59,7 +60,8 @@ class Task(NamedTuple):
     fingerprint: str = ""
 
 
-NAMES = ("arithmetic", "arithmetic-long", "jsonl")
+COUNTDOWN = {"countdown": 3, "countdown-4": 4, "countdown-unsolvable": 3}
+NAMES = ("arithmetic", "arithmetic-long", *COUNTDOWN, "jsonl")
 
 # R1, arXiv 2501.12948, table 1: for base models, which have no chat format.
 R1_ZERO = (
@@ -75,7 +77,9 @@ def task(name: str, data: str = "", *, template: str = "", language: str = "en")
     """A task by name.
 
     "arithmetic", sums of two to four numbers; "arithmetic-long", of five: continued as they are,
-    with written-out steps. "jsonl": the records of `data`, see `from_records`.
+    with written-out steps. "countdown", a number to make from three others; "countdown-4", from
+    four; "countdown-unsolvable", where giving up is right: said in the model's chat format.
+    "jsonl": the records of `data`, see `from_records`.
 
     Args:
         name: the task.
@@ -98,6 +102,8 @@ def task(name: str, data: str = "", *, template: str = "", language: str = "en")
         return _arithmetic(None)
     if name == "arithmetic-long":
         return _arithmetic(5)
+    if name in COUNTDOWN:
+        return _countdown(COUNTDOWN[name], 1.0 if name == "countdown-unsolvable" else None)
     raise RequestError(f"no task is called {name!r}; there are {', '.join(NAMES)}")
 
 
@@ -119,6 +125,24 @@ def _arithmetic(numbers: int | None) -> Task:
         return None if found is None else str(found)
 
     return Task(problems, judge, solution, vote)
+
+
+def _countdown(numbers: int, unsolvable: float | None) -> Task:
+    def problems(*seed: int, held: bool = False) -> Iterator[Problem]:
+        found = countdown.problems(*seed, held=held, numbers=numbers, unsolvable=unsolvable)
+        for target, given in found:
+            asked = countdown.prompt(target, given)
+            yield Problem(asked, countdown.answer(target, given))
+
+    def judge(problem: Problem, text: str, finished: bool) -> Verdict:
+        right = finished and countdown.is_right(problem.prompt, text)
+        form = finished and countdown.said(text) is not None
+        return {"accuracy": float(right), "format": float(form)}
+
+    def solution(problem: Problem) -> str:
+        return traces.solution(problem.prompt)
+
+    return Task(problems, judge, solution, countdown.vote)
 
 
 def from_records(records: Records, *, template: str = "", language: str = "en") -> Task:
