@@ -19,7 +19,8 @@ Messages = Sequence[Mapping[str, Any]]
 # The makers' advice for the reasoning models; used where neither the files nor the card say more.
 TEMPERATURE, TOP_P = 0.6, 0.95
 
-# SHA-256 of the chat templates as published -> the format that renders the same.
+# SHA-256 of the chat templates as published -> the format that renders the same. The last one is
+# that of the models trained here, `recipes/parts/countdown_tokenizer.py`.
 _TEMPLATES = {
     "4e09291d600218e4974c2ddc9d2c9748cba04919746626bea599488cd57ad075": "v2_chat",
     "dbeb539659c622cfa79c8316c07d97e4b887ddfc6024c27fb9d7d4950c648002": "v2_0628",
@@ -32,6 +33,7 @@ _TEMPLATES = {
     "286513e15735aef4cf7ad5ba04a69b6d1e3597e99baa9fc04b99ca08bc8e7e8e": "v3_1",
     "53163748371ddd5efad7a4cb7d977cccab8f95c85b8b3a65d2c2c00527613051": "v3_1_terminus",
     "0af7f5845651f3ba85a82d70d8af968a1da0a60f4c7bb662a9c305cfc9cc224c": "moonlight",
+    "0152f862a7efc0a4a703172df53256b5b7d72f5fa534e1a4c714f2b479fc84b1": "r1",
 }
 
 
@@ -65,7 +67,7 @@ def card_of(model: Model) -> Card | None:
 
 def format_of(model: Model, name: str | None = None) -> ChatFormat:
     """The chat format to use: the one named, else the card's, else the one of the template in the
-    files.
+    files or of the tokenizer.
 
     Raises:
         RequestError: the directory has a template that is none of the published ones.
@@ -81,7 +83,7 @@ def format_of(model: Model, name: str | None = None) -> ChatFormat:
                 " text (raw=True, --raw)"
             )
         return chat_format(card.chat_format)
-    template = _template(model.source)
+    template = _template(model)
     if template is None:
         return chat_format("plain")
     digest = hashlib.sha256(template.encode()).hexdigest()
@@ -94,15 +96,15 @@ def format_of(model: Model, name: str | None = None) -> ChatFormat:
     return chat_format(_TEMPLATES[digest])
 
 
-def _template(directory: Path | None) -> str | None:
-    """Text of the chat template in a checkpoint directory: a file of its own, or in
-    tokenizer_config.json."""
-    if directory is None:
-        return None
-    if (own := directory / "chat_template.jinja").is_file():
-        return own.read_text()
-    found = _json(directory / "tokenizer_config.json").get("chat_template")
-    return found if isinstance(found, str) else None
+def _template(model: Model) -> str | None:
+    """Text of the chat template: a file of its own in the model's directory, or in the settings of
+    its tokenizer, which a model made in memory has, too."""
+    if model.source is not None:
+        if (own := model.source / "chat_template.jinja").is_file():
+            return own.read_text()
+        found = _json(model.source / "tokenizer_config.json").get("chat_template")
+        return found if isinstance(found, str) else None
+    return None if model.tokenizer is None else model.tokenizer.chat_template
 
 
 def _json(path: Path) -> dict[str, Any]:

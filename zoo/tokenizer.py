@@ -59,6 +59,7 @@ class Tokenizer:
         eos_ids: every id that ends a completion: the config's, then the tokenizer's own.
         control_ids: the same ids as a set: `encode` never returns one of them.
         vocab_size: one more than the largest id. A model's vocabulary is often padded beyond it.
+        chat_template: text of the template in the settings, which is never executed, or None.
     """
 
     control: dict[str, int]
@@ -68,6 +69,7 @@ class Tokenizer:
     add_bos: bool
     eos_ids: tuple[int, ...]
     vocab_size: int
+    chat_template: str | None
 
     def __init__(self, files: Mapping[str, bytes], config: "Config | None" = None, name: str = ""):
         """Builds from the bytes of `tokenizer.json` and, if there, `tokenizer_config.json` and
@@ -87,6 +89,8 @@ class Tokenizer:
         self.control_ids = frozenset(parsed.control.values())
         self.vocab_size = 1 + max(parsed.ids.values())
         self.add_bos = bool(parsed.settings.get("add_bos_token", True))
+        template = parsed.settings.get("chat_template")
+        self.chat_template = template if isinstance(template, str) else None
         with rust_errors(f"{parsed.name}: the tokenizers library refuses it"):
             self._full = _build(parsed.tree)
             self._text = _build(without_control(parsed))

@@ -109,8 +109,8 @@ def formula(node: Node) -> str:
     """A way as text; parentheses around every side that is no number."""
     if node.left is None or node.right is None:
         return str(node.value)
-    left, right = (f"({formula(s)})" if s.operator else str(s.value) for s in node[2:])
-    return f"{left} {node.operator} {right}"
+    sides = (f"({formula(n)})" if n.operator else formula(n) for n in (node.left, node.right))
+    return f" {node.operator} ".join(sides)
 
 
 def answer(target: int, numbers: Sequence[int]) -> str:
@@ -119,8 +119,8 @@ def answer(target: int, numbers: Sequence[int]) -> str:
     return NONE if node is None else formula(node)
 
 
-def read(text: str) -> tuple[int, Counter[int]]:
-    """Value of a formula, and the numbers in it.
+def read(text: str) -> Node:
+    """A formula, from its text.
 
     Whole numbers of ASCII digits without leading zeros, + - * and parentheses; spaces between them
     do not matter.
@@ -138,45 +138,55 @@ def read(text: str) -> tuple[int, Counter[int]]:
             raise Unreadable("no formula")
         words += [] if match["space"] else [match[0]]
         at = match.end()
-    value, at = _sum(words, 0, 0)
+    node, at = _sum(words, 0, 0)
     if at != len(words):
         raise Unreadable("no formula")
-    return value, Counter(int(w) for w in words if w.isdigit())
+    return node
 
 
-def _sum(words: list[str], at: int, depth: int) -> tuple[int, int]:
-    value, at = _product(words, at, depth)
+def leaves(node: Node) -> list[int]:
+    """The numbers in a formula."""
+    if node.left is None or node.right is None:
+        return [node.value]
+    return leaves(node.left) + leaves(node.right)
+
+
+def _sum(words: list[str], at: int, depth: int) -> tuple[Node, int]:
+    node, at = _product(words, at, depth)
     while words[at : at + 1] in (["+"], ["-"]):
         other, end = _product(words, at + 1, depth)
-        value, at = _checked(value + other if words[at] == "+" else value - other), end
-    return value, at
+        value = node.value + (other.value if words[at] == "+" else -other.value)
+        node, at = _checked(Node(value, words[at], node, other)), end
+    return node, at
 
 
-def _product(words: list[str], at: int, depth: int) -> tuple[int, int]:
-    value, at = _single(words, at, depth)
+def _product(words: list[str], at: int, depth: int) -> tuple[Node, int]:
+    node, at = _single(words, at, depth)
     while words[at : at + 1] == ["*"]:
         other, at = _single(words, at + 1, depth)
-        value = _checked(value * other)
-    return value, at
+        node = _checked(Node(node.value * other.value, "*", node, other))
+    return node, at
 
 
-def _single(words: list[str], at: int, depth: int) -> tuple[int, int]:
-    if at == len(words) or depth > DEPTH:
-        raise Unreadable("no formula" if depth <= DEPTH else f"more than {DEPTH} parentheses")
+def _single(words: list[str], at: int, depth: int) -> tuple[Node, int]:
+    if depth > DEPTH:
+        raise Unreadable(f"more than {DEPTH} parentheses in each other")
+    if at == len(words):
+        raise Unreadable("no formula")
     if words[at] == "(":
-        value, at = _sum(words, at + 1, depth + 1)
+        node, at = _sum(words, at + 1, depth + 1)
         if words[at : at + 1] != [")"]:
             raise Unreadable("parentheses that do not match")
-        return value, at + 1
+        return node, at + 1
     if not words[at].isdigit():
         raise Unreadable("no formula")
-    return _checked(int(words[at])), at + 1
+    return _checked(Node(int(words[at]))), at + 1
 
 
-def _checked(value: int) -> int:
-    if not 0 <= value <= LIMIT:
+def _checked(node: Node) -> Node:
+    if not 0 <= node.value <= LIMIT:
         raise Unreadable(f"a result outside 0 to {LIMIT}")
-    return value
+    return node
 
 
 def said(text: str) -> str | None:
@@ -195,17 +205,17 @@ def is_right(question: str, text: str) -> bool:
     if found == NONE:
         return target not in ways(tuple(sorted(numbers)))
     try:
-        value, used = read(found)
+        node = read(found)
     except Unreadable:
         return False
-    return value == target and used <= Counter(numbers)
+    return node.value == target and Counter(leaves(node)) <= Counter(numbers)
 
 
 def vote(text: str) -> str | None:
     """What the answer of `text` comes to: a value, `none`, or None without an answer."""
     found = said(text)
     try:
-        return found if found in (None, NONE) else str(read(found)[0])
+        return found if found in (None, NONE) else str(read(found).value)
     except Unreadable:
         return None
 

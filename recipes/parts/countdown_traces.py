@@ -1,4 +1,4 @@
-"""Texts about Countdown: searches written out, clean ones and careless ones, and plain arithmetic.
+"""Searches for Countdown's answers, written out, and what follows from them.
 
 A line of a search takes two values and writes down their sum, difference and product:
 
@@ -11,37 +11,23 @@ First two of the numbers (and the other two, of four), then each result with wha
 order is that of the problem, so that no line comes twice, and a complete search of three numbers is
 12 lines. Of four numbers, chains such as ((a + b) * c) - d are followed only where the last number
 fits. `over` stands for what exceeds 99; a result of 0, or one that was there, is not followed.
-
-All texts are pure functions of a seed.
 """
 
-import itertools
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from deepzoo.recipes.parts.countdown import (
-    LARGEST,
     LIMIT,
     NONE,
     Node,
     combined,
     formula,
     parse,
-    problems,
-    prompt,
-)  # fmt: skip
+)
 from deepzoo.recipes.parts.rewards import ANSWER, ANSWER_END, THINK, THINK_END
 
-GIVE_UP, UNREADABLE = "Give up.", "Cannot read this."
-
-
-class Text(NamedTuple):
-    """completion: what is learned. prompt: what the user says; empty for text without a chat."""
-
-    prompt: str
-    completion: str
+GIVE_UP = "Give up."
 
 
 class Line(NamedTuple):
@@ -140,10 +126,10 @@ def ended(lines: Sequence[str], said: str) -> str:
 def solution(question: str) -> str:
     """A complete search, and the right answer."""
     lines = list(search(*parse(question)))
-    return ended(*_concluded(lines))
+    return ended(*concluded(lines))
 
 
-def _concluded(lines: Sequence[Line]) -> tuple[list[str], str]:
+def concluded(lines: Sequence[Line]) -> tuple[list[str], str]:
     """Lines of a thought, and the answer that they lead to."""
     texts, found = [line.text for line in lines], lines[-1].found
     if found is None:
@@ -151,83 +137,18 @@ def _concluded(lines: Sequence[Line]) -> tuple[list[str], str]:
     return [*texts, conclusion(found)], formula(found)
 
 
-HAZARDS = (0.1, 0.5, 0.8, 0.9)  # chances to give up after a line; each of a quarter of the texts
-BARE = 0.3  # share of careless searches that end without tags
-FOUR = 0.25  # share of careless searches of four numbers
+_LINE = re.compile(r"([0-9]+), (.+?)(?: yes)?", re.ASCII)
+_PART = re.compile(r"([0-9]+):((?: (?:[0-9]+|over)){1,3})", re.ASCII)
 
 
-def careless(*seed: int) -> Iterator[Text]:
-    """Endless searches that are right as far as they go, but mostly give up early, some without the
-    form that an answer has to have; for pretraining, so that there is something to reinforce."""
-    rng = np.random.default_rng([*seed, 0])
-    streams = [problems(*seed, numbers=n) for n in (3, 4)]
-    while True:
-        target, numbers = next(streams[int(rng.random() < FOUR)])
-        hazard = HAZARDS[int(rng.integers(len(HAZARDS)))]
-        last = int(rng.geometric(hazard))
-        order = rng.permutation(3).tolist()
-        thought, said = _concluded(list(itertools.islice(search(target, numbers, order), last)))
-        bare = "\n".join([f"{THINK}", *thought, f"So {said}."])
-        yield Text(prompt(target, numbers), bare if rng.random() < BARE else ended(thought, said))
-
-
-def general(*seed: int) -> Iterator[Text]:
-    """Endless other requests and their answers: sums, and what cannot be read."""
-    rng = np.random.default_rng([*seed, 1])
-    while True:
-        node = _any(rng, int(rng.integers(2, 4)))
-        if rng.random() < 0.2:
-            target, numbers = int(rng.integers(1, 100)), rng.integers(1, LARGEST + 1, 3).tolist()
-            words = [str(target), *map(str, numbers)]
-            words[int(rng.integers(4))] = str(int(rng.integers(LIMIT + 1, 1000)))
-            asked = f"Make {words[0]} from {', '.join(words[1:])}."
-            yield Text(asked, ended([UNREADABLE], NONE))
-        else:
-            asked = f"What is {formula(node)}?"
-            yield Text(asked, ended([evaluation(node)], str(node.value)))
-
-
-def plain(*seed: int) -> Iterator[Text]:
-    """Endless equations, without a chat: `(6 - 4) * 9 = 2 * 9 = 18`."""
-    rng = np.random.default_rng([*seed, 2])
-    while True:
-        yield Text("", evaluation(_any(rng, int(rng.integers(2, 4)))))
-
-
-def _any(rng: np.random.Generator, numbers: int) -> Node:
-    """A random way to a value from 0 to 99."""
-    while True:
-        node = Node(int(rng.integers(1, LARGEST + 1)))
-        for _ in range(numbers - 1):
-            other = Node(int(rng.integers(1, LARGEST + 1)))
-            node = combined(node, other)[int(rng.integers(3))]
-            if node.value > LIMIT:
-                break
-        else:
-            return node
-
-
-def evaluation(node: Node) -> str:
-    """`(6 - 4) * 9 = 2 * 9 = 18`: a formula, worked out step by step."""
-    texts = [formula(node)]
-    while node.operator:
-        node = _worked_out(node)
-        texts.append(formula(node))
-    return " = ".join(texts)
-
-
-def _worked_out(node: Node) -> Node:
-    """The innermost steps taken."""
-    assert node.left is not None and node.right is not None
-    if not node.left.operator and not node.right.operator:
-        return Node(node.value)
-    left, right = (_worked_out(n) if n.operator else n for n in (node.left, node.right))
-    return node._replace(left=left, right=right)
-
-
-def corpus(*seed: int) -> Iterator[Text]:
-    """What a base model is trained on: careless searches, other requests, equations."""
-    rng = np.random.default_rng([*seed, 3])
-    streams = [careless(*seed), general(*seed), plain(*seed)]
-    while True:
-        yield next(streams[int(rng.choice(3, p=(0.8, 0.08, 0.12)))])
+def steps_right(text: str) -> tuple[int, int]:
+    """Of the results in the lines of a search, how many are right, and how many there are."""
+    right = total = 0
+    for line in filter(None, map(_LINE.fullmatch, text.splitlines())):
+        for part in filter(None, map(_PART.fullmatch, line[2].split("; "))):
+            made = combined(Node(int(line[1][:3])), Node(int(part[1][:3])))
+            said = part[2].split()
+            wanted = [str(n.value) if n.value <= LIMIT else "over" for n in made]
+            right += sum(a == b for a, b in zip(said, wanted, strict=False))
+            total += len(said)
+    return right, total

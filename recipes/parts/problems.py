@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deepzoo.recipes.parts import countdown, rewards, sandbox, tasks
+from deepzoo.recipes.parts import countdown_corpus as corpus
 from deepzoo.recipes.parts import countdown_traces as traces
 from deepzoo.recipes.parts.records import DataError, Records, read
 from deepzoo.zoo.errors import RequestError
@@ -61,7 +62,7 @@ class Task(NamedTuple):
 
 
 COUNTDOWN = {"countdown": 3, "countdown-4": 4, "countdown-unsolvable": 3}
-NAMES = ("arithmetic", "arithmetic-long", *COUNTDOWN, "jsonl")
+NAMES = ("arithmetic", "arithmetic-long", *COUNTDOWN, "countdown-general", "jsonl")
 
 # R1, arXiv 2501.12948, table 1: for base models, which have no chat format.
 R1_ZERO = (
@@ -78,8 +79,9 @@ def task(name: str, data: str = "", *, template: str = "", language: str = "en")
 
     "arithmetic", sums of two to four numbers; "arithmetic-long", of five: continued as they are,
     with written-out steps. "countdown", a number to make from three others; "countdown-4", from
-    four; "countdown-unsolvable", where giving up is right: said in the model's chat format.
-    "jsonl": the records of `data`, see `from_records`.
+    four; "countdown-unsolvable", where giving up is right; "countdown-general", sums and what
+    cannot be read: asked in the model's chat format. "jsonl": the records of `data`, see
+    `from_records`.
 
     Args:
         name: the task.
@@ -104,6 +106,8 @@ def task(name: str, data: str = "", *, template: str = "", language: str = "en")
         return _arithmetic(5)
     if name in COUNTDOWN:
         return _countdown(COUNTDOWN[name], 1.0 if name == "countdown-unsolvable" else None)
+    if name == "countdown-general":
+        return _general()
     raise RequestError(f"no task is called {name!r}; there are {', '.join(NAMES)}")
 
 
@@ -143,6 +147,18 @@ def _countdown(numbers: int, unsolvable: float | None) -> Task:
         return traces.solution(problem.prompt)
 
     return Task(problems, judge, solution, countdown.vote)
+
+
+def _general() -> Task:
+    def problems(*seed: int, held: bool = False) -> Iterator[Problem]:
+        for asked in corpus.general(*seed, held=held):
+            yield Problem(asked, countdown.said(corpus.reply(asked)) or "")
+
+    def judge(problem: Problem, text: str, finished: bool) -> Verdict:
+        answer = countdown.said(text) if finished else None
+        return {"accuracy": float(answer == problem.answer), "format": float(answer is not None)}
+
+    return Task(problems, judge, lambda problem: corpus.reply(problem.prompt), countdown.vote)
 
 
 def from_records(records: Records, *, template: str = "", language: str = "en") -> Task:
