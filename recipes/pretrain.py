@@ -1,4 +1,4 @@
-"""Pretraining of a V2 or V3 model: on arithmetic, or on texts with the papers' settings.
+"""Pretraining of a V2 or V3 model: on made texts, or on your own with the papers' settings.
 
     deepzoo train pretrain --preset nano --out DIR
 
@@ -17,12 +17,15 @@ Deviations of all presets:
 * the balance losses take a row for a "sequence"; V2's devices are its router's groups;
 * the documents of `data` are held in memory: a corpus of the papers' size needs another loader.
 
-Deviations of nano and v3_nano:
+Deviations of the presets whose names end in nano:
 * Muon (arXiv 2502.16982) for the matrices instead of AdamW: clearly fewer steps at this size;
 * warm-up, constant, linear decay to 0, instead of V2's two steps down and V3's cosine; constant
   batch size; no device-level and communication losses: there is one device;
 * packed documents do not see each other;
-* the numbers of a problem are random: they are read, but only the written-out steps are learned.
+* the numbers of a problem are random: they are read, but only what follows is learned.
+
+`r1_nano` is the base that `recipes/r1.py` starts from, with searches for Countdown's answers that
+mostly give up early (`recipes/parts/countdown_corpus.py`); `student_nano` is a dense student.
 """
 
 import dataclasses
@@ -39,10 +42,11 @@ import numpy as np
 import optax
 
 from deepzoo import zoo
-from deepzoo.recipes.parts import schedules, tasks
+from deepzoo.recipes.parts import countdown_corpus, countdown_tokenizer, schedules, tasks
 from deepzoo.recipes.parts.accuracy import Score, measure
 from deepzoo.recipes.parts.bias import split_bias, with_bias
-from deepzoo.recipes.parts.documents import Documents, encoded, fill_in_the_middle
+from deepzoo.recipes.parts.countdown_traces import steps_right
+from deepzoo.recipes.parts.documents import Documents, encoded, fill_in_the_middle, pair
 from deepzoo.recipes.parts.flops import flops_per_token
 from deepzoo.recipes.parts.losses import Balance, next_token
 from deepzoo.recipes.parts.main import main
@@ -69,7 +73,9 @@ class Recipe:
     config: Config
     """The model."""
     data: str = ""
-    """File or folder of texts; without one, arithmetic."""
+    """File or folder of texts, instead of `corpus`."""
+    corpus: Literal["arithmetic", "countdown"] = "arithmetic"
+    """Texts that are made as they are needed, where there is no `data`."""
     tokenizer: str = ""
     """Directory of the tokenizer of `data`."""
     fim: float = 0.0
@@ -172,6 +178,13 @@ _V3 = dataclasses.replace(
     topk_method="noaux_tc",
     scoring_func="sigmoid", norm_topk_prob=True, num_nextn_predict_layers=1,
 )  # fmt: skip
+_R1 = dataclasses.replace(_V3, vocab_size=countdown_tokenizer.VOCABULARY)
+_STUDENT = Config(
+    model_type="qwen2", vocab_size=countdown_tokenizer.VOCABULARY, hidden_size=128,
+    intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=512, initializer_range=0.05, bos_token_id=1, eos_token_id=2,
+    dtype="float32",
+)  # fmt: skip
 
 
 def _from_scratch(name: str) -> Config:
@@ -188,9 +201,14 @@ _PAPER = Recipe(
     compute="bfloat16", rate=0.0, adam_rate=2.4e-4, weight_decay=0.1, schedule="v2", balance=0.003,
     device=0.05, communication=0.02, problems=0, sample_every=0,
 )  # fmt: skip
+_COUNTDOWN = Recipe(
+    config=_R1, corpus="countdown", steps=1500, length=512, balance=1e-4, bias_rate=0.003, mtp=0.3,
+)  # fmt: skip
 PRESETS = {
     "nano": Recipe(config=_V2),  # zoo/pretrained/v2-nano
     "v3_nano": Recipe(config=_V3, balance=1e-4, bias_rate=0.003, mtp=0.3),
+    "r1_nano": _COUNTDOWN,
+    "student_nano": dataclasses.replace(_COUNTDOWN, config=_STUDENT, bias_rate=0.0, mtp=0.0),
     "v2_lite": dataclasses.replace(
         _PAPER, config=_from_scratch("deepseek-v2-lite"), tokens=5.7e12, rows=4608, first_rows=0,
         growing=0.0, accumulate=576, adam_rate=4.2e-4, drops=(0.8, 0.9), balance=0.001, device=0.0,
@@ -218,6 +236,22 @@ def arithmetic(tokenizer: Tokenizer, recipe: Recipe) -> Callable[[int], dict[str
 
     def make(step: int) -> dict[str, np.ndarray]:
         documents = (tokenize(p) for p in tasks.problems(recipe.seed, step))
+        return pack(documents, recipe.rows, recipe.length)
+
+    return make
+
+
+def countdown(tokenizer: Tokenizer, recipe: Recipe) -> Callable[[int], dict[str, np.ndarray]]:
+    """step -> batch of searches, other requests and equations; never of held-out numbers."""
+    model = Model(recipe.config, {}, tokenizer)
+
+    def tokenize(text: countdown_corpus.Text) -> tuple[list[int], int]:
+        if text.prompt:
+            return pair(model, text.prompt, text.completion)
+        return [*tokenizer.encode_prompt(text.completion), tokenizer.eos_ids[0]], 1
+
+    def make(step: int) -> dict[str, np.ndarray]:
+        documents = map(tokenize, countdown_corpus.corpus(recipe.seed, step))
         return pack(documents, recipe.rows, recipe.length)
 
     return make
@@ -279,7 +313,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         made = texts(recipe, tokenizer)
         batch, facts["data"] = packed(recipe, made), leaf_fingerprint(made.tokens)
     else:
-        batch = arithmetic(tokenizer, recipe)
+        made_up = {"arithmetic": arithmetic, "countdown": countdown}[recipe.corpus]
+        batch = made_up(tokenizer, recipe)
     with Run(out, recipe, options, model=config, tokenizer=tokenizer, facts=facts) as run:
 
         def initial():
@@ -288,13 +323,14 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         def held_out(state):
             if not recipe.problems:
                 return {}
-            found = measured(trained(state), recipe.problems, temperature=0.0)
-            return {"held_out": found.accuracy, "held_out_steps": links(found)}
+            temperature = 0.0 if recipe.corpus == "arithmetic" else 1.0  # the base is to be sampled
+            found = measured(trained(state), recipe.problems, temperature, recipe.corpus)
+            return {"held_out": found.accuracy, "held_out_steps": links(found, recipe.corpus)}
 
         def sample(state):
-            problem = next(tasks.problems(recipe.seed, int(state.step), held=True))
-            made = zoo.generate(trained(state), [f"{problem} ="], raw=True, max_tokens=96)
-            return {"sample": f"{problem} = {made[0].text}"}
+            asked = next(task(recipe.corpus).problems(recipe.seed, int(state.step), held=True))
+            made = zoo.generate(trained(state), [asked.prompt], raw=asked.raw, max_tokens=96)
+            return {"sample": f"{asked.prompt} {made[0].text}"}
 
         def trained(state):
             return Model(config, with_bias(state.params, state.bias), tokenizer)
@@ -312,13 +348,15 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             tokens=grown.tokens,
             flops=flops_per_token(config, recipe.length, mtp=bool(recipe.mtp)),
         )
-        path = run.product("model", lambda path: export(trained(state), path))
+        greedy = recipe.corpus == "arithmetic"
+        path = run.product("model", lambda path: export(trained(state), path, greedy=greedy))
     return zoo.load(path, dtype="float32")
 
 
 def _tokenizer(recipe: Recipe) -> Tokenizer:
     if not recipe.data:
-        return Tokenizer(tasks.tokenizer_files(), recipe.config)
+        made = {"arithmetic": tasks, "countdown": countdown_tokenizer}[recipe.corpus]
+        return Tokenizer(made.tokenizer_files(), recipe.config)
     found = read_tokenizer(Path(recipe.tokenizer).expanduser(), recipe.config)
     if found is None:
         raise DataError(
@@ -366,17 +404,19 @@ def factor_of(recipe: Recipe, grown: Ramp) -> Schedule:
     return schedules.warmup_constant_decay(grown.steps, recipe.warmup, recipe.decay)
 
 
-def export(model: Model, path: Path) -> None:
-    """The model in the published layout and bfloat16, answering greedily unless told otherwise."""
+def export(model: Model, path: Path, *, greedy: bool) -> None:
+    """The model in the published layout and bfloat16; `greedy`: it answers so unless told
+    otherwise."""
     final = dataclasses.replace(model.config, dtype="bfloat16")
     cast = jax.tree.map(lambda a, like: a.astype(like.dtype), model.params, zoo.abstract(final))
     save_hf(Model(final, cast, model.tokenizer), path)
-    greedy = {
-        "bos_token_id": final.bos_token_id,
-        "eos_token_id": final.eos_token_id,
-        "do_sample": False,
-    }
-    (path / "generation_config.json").write_text(json.dumps(greedy, indent=2) + "\n")
+    if greedy:
+        settings = {
+            "bos_token_id": final.bos_token_id,
+            "eos_token_id": final.eos_token_id,
+            "do_sample": False,
+        }
+        (path / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def report(model: Model, count: int = 500) -> str:
@@ -392,17 +432,23 @@ def report(model: Model, count: int = 500) -> str:
     return "\n".join([*lines, f"{greedy.lengths.sum()} tokens in {seconds:.0f} s (greedy)"])
 
 
-def measured(model: Model, count: int, temperature: float) -> Score:
+def measured(model: Model, count: int, temperature: float, corpus: str = "arithmetic") -> Score:
     """Accuracy on held-out problems, from the whole distribution."""
-    options: dict[str, Any] = {"max_tokens": 128, "temperature": temperature, "top_p": 1.0}
-    return measure(model, task("arithmetic"), count, **options)
+    longest = 128 if corpus == "arithmetic" else 192
+    return measure(
+        model, task(corpus), count, max_tokens=longest, temperature=temperature, top_p=1.0
+    )
 
 
-def links(found: Score) -> float:
-    """Share of the written-out steps that have the value of the one before."""
-    pairs = zip(found.problems, found.completions, strict=True)
-    counts = [tasks.steps_right(p.answer, made.text) for p, row in pairs for made in row]
-    return sum(right for right, _ in counts) / sum(total for _, total in counts)
+def links(found: Score, corpus: str = "arithmetic") -> float:
+    """Share of the written-out steps that are right."""
+    pairs = [(p, made) for p, row in zip(found.problems, found.completions, strict=True)
+             for made in row]  # fmt: skip
+    if corpus == "arithmetic":
+        counts = [tasks.steps_right(p.answer, made.text) for p, made in pairs]
+    else:
+        counts = [steps_right(made.text) for _, made in pairs]
+    return sum(right for right, _ in counts) / max(1, sum(total for _, total in counts))
 
 
 if __name__ == "__main__":

@@ -45,9 +45,12 @@ def search(target: int, numbers: Sequence[int], order: Sequence[int] = (0, 1, 2)
         numbers: three or four.
         order: of the three ways to divide the numbers into pairs, or into a pair and one.
     """
+    written = set()
     for first, rest in (_divided(numbers)[i] for i in order):
         for line in _of_division(target, first, rest):
-            yield line
+            if line.text not in written:
+                yield line
+            written.add(line.text)
             if line.found is not None:
                 return
 
