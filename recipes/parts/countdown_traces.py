@@ -155,3 +155,19 @@ def steps_right(text: str) -> tuple[int, int]:
             right += sum(a == b for a, b in zip(said, wanted, strict=False))
             total += len(said)
     return right, total
+
+
+_READABLE = re.compile(
+    r"[0-9]+, [0-9]+:(?: [0-9]+| over){1,3}(?:; [0-9]+:(?: [0-9]+| over){1,3}){0,4}(?: yes)?"
+    r"|[0-9]+ = [0-9]+ [-+*] [0-9]+(?:, [0-9]+ = [0-9]+ [-+*] [0-9]+){0,2}"
+    rf"|{re.escape(GIVE_UP)}",
+    re.ASCII,
+)
+
+
+def readable(text: str) -> float:
+    """Share of a thought's lines that are written as here, and stand there for the first time: what
+    language consistency is to other tasks (R1, 2.3.2). 0 without lines."""
+    thought = text.partition(THINK_END)[0].removeprefix(THINK)
+    lines = [line for line in thought.split("\n") if line]
+    return sum(bool(_READABLE.fullmatch(n)) for n in dict.fromkeys(lines)) / max(1, len(lines))

@@ -61,7 +61,12 @@ class Task(NamedTuple):
     fingerprint: str = ""
 
 
-COUNTDOWN = {"countdown": 3, "countdown-4": 4, "countdown-unsolvable": 3}
+COUNTDOWN = {
+    "countdown": (3,),
+    "countdown-4": (4,),
+    "countdown-3-4": (3, 4),
+    "countdown-unsolvable": (3,),
+}
 NAMES = ("arithmetic", "arithmetic-long", *COUNTDOWN, "countdown-general", "jsonl")
 
 # R1, arXiv 2501.12948, table 1: for base models, which have no chat format.
@@ -78,10 +83,11 @@ def task(name: str, data: str = "", *, template: str = "", language: str = "en")
     """A task by name.
 
     "arithmetic", sums of two to four numbers; "arithmetic-long", of five: continued as they are,
-    with written-out steps. "countdown", a number to make from three others; "countdown-4", from
-    four; "countdown-unsolvable", where giving up is right; "countdown-general", sums and what
-    cannot be read: asked in the model's chat format. "jsonl": the records of `data`, see
-    `from_records`.
+    with written-out steps.
+    "countdown", a number to make from three others; "countdown-4", from four; "countdown-3-4", by
+    turns; "countdown-unsolvable", where giving up is right; "countdown-general", sums, and requests
+    that cannot be read: asked in the model's chat format.
+    "jsonl", the records of `data`, see `from_records`.
 
     Args:
         name: the task.
@@ -131,17 +137,19 @@ def _arithmetic(numbers: int | None) -> Task:
     return Task(problems, judge, solution, vote)
 
 
-def _countdown(numbers: int, unsolvable: float | None) -> Task:
+def _countdown(sizes: tuple[int, ...], unsolvable: float | None) -> Task:
     def problems(*seed: int, held: bool = False) -> Iterator[Problem]:
-        found = countdown.problems(*seed, held=held, numbers=numbers, unsolvable=unsolvable)
-        for target, given in found:
+        options = {"held": held, "unsolvable": unsolvable}
+        found = [countdown.problems(*seed, numbers=n, **options) for n in sizes]
+        for target, given in itertools.chain.from_iterable(zip(*found, strict=True)):
             asked = countdown.prompt(target, given)
             yield Problem(asked, countdown.answer(target, given))
 
     def judge(problem: Problem, text: str, finished: bool) -> Verdict:
         right = finished and countdown.is_right(problem.prompt, text)
         form = finished and countdown.said(text) is not None
-        return {"accuracy": float(right), "format": float(form)}
+        readable = traces.readable(text)
+        return {"accuracy": float(right), "format": float(form), "language": readable}
 
     def solution(problem: Problem) -> str:
         return traces.solution(problem.prompt)

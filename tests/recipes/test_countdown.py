@@ -28,7 +28,7 @@ from deepzoo.zoo.prompt import encode
 from deepzoo.zoo.tokenizer import Tokenizer
 from deepzoo.zoo.types import Model
 
-TASKS = ("countdown", "countdown-4", "countdown-unsolvable", "countdown-general")
+TASKS = ("countdown", "countdown-4", "countdown-3-4", "countdown-unsolvable", "countdown-general")
 TOKENIZER = Tokenizer(tokenizer_files())
 ASKED = "Make 24 from 4, 6, 9."
 
@@ -120,15 +120,28 @@ def test_the_form_is_part_of_an_answer(text):
     judged = task("countdown").judge(
         next(problem)._replace(prompt=ASKED, answer="4 * 6"), text, True
     )
-    assert judged == {"accuracy": 0.0, "format": 0.0}
+    assert judged == {"accuracy": 0.0, "format": 0.0, "language": 0.0}
 
 
 def test_an_answer_that_was_cut_off_is_wrong():
     problem = next(task("countdown").problems(0))._replace(prompt=ASKED, answer="4 * 6")
     judge = task("countdown").judge
-    assert judge(problem, said("4 * 6"), True) == {"accuracy": 1.0, "format": 1.0}
-    assert judge(problem, said("4 * 6"), False) == {"accuracy": 0.0, "format": 0.0}
-    assert judge(problem, said("4 + 6"), True) == {"accuracy": 0.0, "format": 1.0}
+    for answer, finished, accuracy, form in (
+        ("4 * 6", True, 1.0, 1.0), ("4 * 6", False, 0.0, 0.0), ("4 + 6", True, 0.0, 1.0),
+    ):  # fmt: skip
+        verdict = judge(problem, said(answer), finished)
+        assert verdict == {"accuracy": accuracy, "format": form, "language": 0.0}
+
+
+def test_readable_lines_are_counted_once():
+    text = countdown_traces.solution("Make 18 from 4, 6, 9.")
+    assert countdown_traces.readable(text) == 1.0
+    line = "4, 6: 10 2 24"
+    for thought, share in (
+        (f"{line}\n{line}", 1 / 2), (f"{line} 5\n", 0.0), (f"{line} {line}", 0.0), ("", 0.0),
+        (f"{line}\nGive up.\n", 1.0), (f"{line}\n24 = 4 * 6\n24 = 4 *", 2 / 3),
+    ):  # fmt: skip
+        assert countdown_traces.readable(f"<think>\n{thought}</think>\n{line}") == share
 
 
 @pytest.mark.parametrize("numbers", [3, 4])
@@ -206,7 +219,7 @@ def test_solutions_pass_their_own_verifier_and_problems_depend_on_the_seed_alone
     assert found.solution is not None
     for problem in asked:
         text = found.solution(problem)
-        assert found.judge(problem, text, True) == {"accuracy": 1.0, "format": 1.0}, problem
+        assert set(found.judge(problem, text, True).values()) == {1.0}, problem
         assert countdown_traces.steps_right(text) == (n := countdown_traces.steps_right(text)[1], n)
 
 
