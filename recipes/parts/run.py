@@ -153,6 +153,9 @@ class Run:
             signal.signal(signal.SIGTERM, self._before)
         self.log.close()
         os.close(self._lock)
+        if self._ending and error[0] is None and callable(self._before):
+            # It came behind the last step: a program of several runs ends all the same.
+            self._before(signal.SIGTERM, None)
 
     def say(self, line: str) -> None:
         """One line for the person who watches."""

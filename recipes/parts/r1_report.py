@@ -1,0 +1,244 @@
+"""What the report of the R1 recipe says, from the files that its stages wrote.
+
+OUT/00-base/ ...                    runs of the stages
+OUT/evaluation/base/greedy/ ...     runs of `recipes/evaluate.py`: a model, a way of answering
+OUT/times.json                      see `clock`
+"""
+
+import json
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deepzoo.recipes.parts import answers, clock
+from deepzoo.recipes.parts.log import METRICS, read_metrics
+from deepzoo.recipes.parts.report import (
+    Block,
+    Heading,
+    Picture,
+    Share,
+    Table,
+    Text,
+    Verbatim,
+    curves,
+    ladder,
+)
+from deepzoo.recipes.parts.settings import differences, plain
+
+# How every model answers: name -> temperature, top-p. The second is the papers' (R1, section 3).
+SAMPLING = {"greedy": (0.0, 1.0), "0.6": (0.6, 0.95), "1.0": (1.0, 1.0)}
+TIMES, EVALUATION = "times.json", "evaluation"
+
+
+class Stage(NamedTuple):
+    """One stage, ready to run.
+
+    name: of its directory, without the number.
+    title: for people.
+    path: its directory.
+    train: of its recipe; None for a model that was given.
+    settings: of its recipe.
+    model: what it makes, or was given; None where it makes none.
+    """
+
+    name: str
+    title: str
+    path: Path
+    train: Callable[..., Any] | None
+    settings: Any
+    model: str | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do: what it writes last is there."""
+        last = "model" if self.model else "report.json"
+        if getattr(self.settings, "lora_rank", 0):
+            last = "adapter"
+        return self.train is None or (self.path / last).exists()
+
+
+def evaluation(out: Path, name: str, how: str) -> Path:
+    """The directory in which a stage's model answers the held-out problems."""
+    return out / EVALUATION / name / how
+
+
+def accuracies(out: Path, stages: Sequence[Stage]) -> dict[str, dict[str, Share]]:
+    """Name of a stage -> way of answering -> share of right answers, as far as it was measured."""
+    found: dict[str, dict[str, Share]] = {s.name: {} for s in stages if s.model}
+    for name, shares in found.items():
+        for how in SAMPLING:
+            if report := _json(evaluation(out, name, how) / "report.json"):
+                shares[how] = Share(**report["pass@1"])
+    return {name: shares for name, shares in found.items() if shares}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def told(
+    out: Path, recipe: Any, stages: Sequence[Stage], presets: Mapping[str, Any]
+) -> Iterator[Block]:
+    """The report, from what the stages have written so far."""
+    found = accuracies(out, stages)
+    titles = {s.name: s.title for s in stages}
+    ways = {"greedy": "greedy", "0.6": "temperature 0.6, top-p 0.95", "1.0": "temperature 1"}
+    yield Heading("R1, stage by stage", 1)
+    asked = f"{recipe.samples} answers of each" if recipe.samples > 1 else "one answer of each"
+    yield Text(
+        f"Every model answers the same {recipe.problems} held-out problems of the task"
+        f" {recipe.task}, with {asked}. Beside every share stands its 95% interval."
+    )
+    yield Verbatim(command(recipe, presets))
+    yield Heading("How often each model is right")
+    yield Picture(
+        "ladder.svg",
+        ladder([(titles[n], [f.get(how) for how in SAMPLING]) for n, f in found.items()],
+               list(ways.values())),
+        "Shares of right answers of each model, with intervals",
+    )  # fmt: skip
+    yield Table(
+        ["", *ways.values(), "cut off", "tokens"],
+        [
+            [titles[name], *(str(shares.get(how, "")) for how in SAMPLING), *_cut(out, name)]
+            for name, shares in found.items()
+        ],
+    )
+    yield Text("The last two columns are those of temperature 0.6.")
+    yield from map(Text, _compared(found))
+    yield from _rl(out, stages)
+    yield from _data(stages)
+    yield from _samples(out, found, titles)
+    yield from _times(out, stages)
+
+
+def _cut(out: Path, name: str) -> list[str]:
+    report = _json(evaluation(out, name, "0.6") / "report.json")
+    return [f"{report['truncated']:.1%}", f"{report['length']:.0f}"] if report else ["", ""]
+
+
+# What the paper says of the ladder, to be compared with what was measured: later, earlier, claim.
+_CLAIMS = (
+    ("zero", "base", "RL alone, R1-Zero against its base"),
+    ("rl-1", "cold-start", "the first stage of RL, Dev2 against Dev1"),
+    ("fine-tuning", "rl-1", "fine-tuning the base on sampled answers, Dev3 against Dev2"),
+    ("rl-2", "fine-tuning", "the second stage of RL, R1 against Dev3"),
+    ("rl-2", "zero", "the whole pipeline, R1 against R1-Zero"),
+    ("distillation", "rl-2", "the student against its teacher"),
+    ("distillation", "student-rl", "distillation against RL on the same student"),
+)
+
+
+def _compared(found: Mapping[str, Mapping[str, Share]]) -> Iterator[str]:
+    lines = []
+    for later, earlier, claim in _CLAIMS:
+        one, other = (found.get(name, {}).get("0.6") for name in (later, earlier))
+        if one is None or other is None:
+            continue
+        apart = one.low > other.high or one.high < other.low
+        sure = "" if apart else ", within what so few problems can tell"
+        lines.append(f"{claim}: {100 * (one.value - other.value):+.1f} points{sure}")
+    if lines:
+        yield "At temperature 0.6: " + "; ".join(lines) + "."
+
+
+def _rl(out: Path, stages: Sequence[Stage]) -> Iterator[Block]:
+    """Curves of reinforcement learning."""
+    every = [(s.title, read_metrics(s.path / METRICS)) for s in stages]
+    runs = {title: rows for title, rows in every if any("reward" in r for r in rows)}
+    keys = {"accuracy": "right", "length": "tokens of an answer", "truncated": "cut off"}
+    panels = {
+        told: [
+            [(r["step"], r[key]) for r in some if r.get(key) is not None] for some in runs.values()
+        ]
+        for key, told in keys.items()
+    }
+    if any(map(any, panels.values())):
+        yield Heading("Reinforcement learning, rollout by rollout")
+        yield Picture("curves.svg", curves(list(runs), panels), "Accuracy and length over rollouts")
+        yield Text(
+            "Of the answers that the model learns from, sampled at the rollout's temperature."
+        )
+
+
+def _data(stages: Sequence[Stage]) -> Iterator[Block]:
+    """What rejection sampling kept."""
+    found = {s.name: _json(s.path / "report.json") for s in stages if s.model is None}
+    counts, mixture = found["rejection"], found["mixture"]
+    if counts:
+        yield Heading("Rejection sampling")
+        total = counts["answers"]
+        reasons = {"kept": counts["kept"], **counts["left_out"]}
+        yield Table(["", "answers", "share"], [
+            [reason, f"{n:,}", f"{n / total:.1%}"] for reason, n in reasons.items()
+        ])  # fmt: skip
+        beside = f" {mixture['general']:,} general records stand beside them." if mixture else ""
+        yield Text(
+            f"{counts['problems_without']:,} of {counts['problems']:,} problems have no answer that"
+            f" was kept.{beside}"
+        )
+
+
+def _samples(out: Path, found: Mapping[str, Any], titles: Mapping[str, str]) -> Iterator[Block]:
+    """What each model answers to one problem: the first that some are right on and some wrong."""
+    said = {}
+    for name, shares in found.items():
+        if "0.6" in shares:
+            every = answers.made(evaluation(out, name, "0.6"))
+            said[name] = {a.problem: a for a in reversed(list(every))}
+    shared = set.intersection(*(set(some) for some in said.values())) if said else set()
+    mixed = [p for p in sorted(shared) if len({some[p].right for some in said.values()}) > 1]
+    for problem in (mixed or sorted(shared))[:1]:
+        yield Heading("One problem")
+        yield Text("Sampled at temperature 0.6; the same problem for all models.")
+        yield Verbatim(next(iter(said.values()))[problem].prompt)
+        for name, some in said.items():
+            answer = some[problem]
+            verdict = "right" if answer.right else "wrong" if answer.finished else "cut off"
+            yield Heading(f"{titles[name]}: {verdict}", 3)
+            yield Verbatim(answer.text)
+
+
+def _times(out: Path, stages: Sequence[Stage]) -> Iterator[Block]:
+    found = clock.read(out / TIMES)
+    parts = found.get("parts", {})
+    if parts:
+        yield Heading("Time")
+        names = [s.name for s in stages] + [EVALUATION]
+        rows = []
+        for name in (n for n in names if n in parts):
+            path = next((s.path for s in stages if s.name == name), out)
+            steps = max((r["step"] for r in read_metrics(path / METRICS)), default=0)
+            told = [f"{parts[name][kind] / 60:.1f}" for kind in ("wall", "cpu")]
+            rows.append([name, f"{steps or ''}", *told, str(parts[name]["starts"])])
+        total = [f"{sum(p[kind] for p in parts.values()) / 60:.1f}" for kind in ("wall", "cpu")]
+        rows.append(["together", "", *total, ""])
+        yield Table(["", "steps", "minutes", "minutes of CPU time", "starts"], rows)
+        versions = _json(out / "recipe.json").get("versions", {})
+        told = ", ".join(f"{name} {version}" for name, version in versions.items())
+        yield Text(f"On {found['machine']}; {told}.")
+
+
+def command(recipe: Any, presets: Mapping[str, Any]) -> str:
+    """The command line that makes the same again."""
+    now = plain(recipe)
+    nearest: list[str] = []
+    for number, (name, preset) in enumerate(presets.items()):
+        words = ["deepzoo", "train", "r1", "--preset", name, "--out", "DIR"]
+        for field in differences(plain(preset), now):
+            words += _flag(field, now)
+        if not number or len(words) < len(nearest):
+            nearest = words
+    return shlex.join(nearest)
+
+
+def _flag(field: str, settings: Any) -> list[str]:
+    for part in field.split("."):
+        settings = settings[part]
+    flag = field.replace("_", "-")
+    table, dot, name = flag.rpartition(".")
+    if isinstance(settings, bool):
+        return [f"--{flag}" if settings else f"--{table}{dot}no-{name}"]
+    values = settings if isinstance(settings, list) else [settings]
+    return [f"--{flag}", *map(str, values)]
