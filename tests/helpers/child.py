@@ -6,6 +6,15 @@ import sys
 import textwrap
 
 
+def on_cpu(devices: int) -> dict[str, str]:
+    """Environment for `devices` CPU devices; compiled in half the time, for programs that are
+    compiled once and run a few times."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    flags += ["--xla_backend_optimization_level=0"]
+    flags += [f"--xla_force_host_platform_device_count={devices}"]
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+
+
 def run(
     source: str,
     *args: str,
@@ -24,9 +33,7 @@ def run(
     Raises:
       AssertionError: the child failed; the message carries the end of what it wrote.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    flags = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **(env or {})}
+    environment = {**os.environ, **on_cpu(devices), **(env or {})}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(source), *args],
         env=environment,

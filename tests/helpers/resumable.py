@@ -30,6 +30,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import child
+
 from deepzoo.recipes.parts.log import METRICS, TIMES, read_metrics
 
 # Where in a save the process can be killed: nothing written; the first tree written; all written
@@ -147,11 +149,10 @@ class Resumable:
     def start(self, out: Path, **plan: Any) -> subprocess.Popen[str]:
         """A child process that trains in `out`, and ends as planned."""
         plan = {"save_every": self.save_every, "keep": self.keep, "pace": self.pace, **plan}
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count="
         environment = {
             "JAX_COMPILATION_CACHE_DIR": str(out.parent / "programs"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags}{self.devices}".strip(),
+            **os.environ, **child.on_cpu(self.devices),
         }  # fmt: skip
         script = _DRIVER.replace("{source}", textwrap.dedent(self.source))
         return subprocess.Popen(
