@@ -71,8 +71,8 @@ class Recipe:
     """A shipped model or a directory to start from, instead of pretraining one."""
     student: str = ""
     """The same for the student."""
-    students: bool = True
-    """Distil into a student, and train it by RL for comparison."""
+    until: str = "student-rl"
+    """Name of the last stage that is run; it may change on resuming."""
     task: str = "countdown"
     """Problems of all stages and their verifier, see recipes/parts/problems.py."""
     data: str = ""
@@ -240,8 +240,6 @@ def plan(recipe: Recipe, out: Path) -> list[Stage]:
     model = add("fine-tuning", "Dev3: base, fine-tuned", sft.train, settings)
     settings = filled("rl_2", model=model, **problems)
     model = add("rl-2", "R1: Dev3 and RL", grpo.train, settings)
-    if not recipe.students:
-        return stages
     if recipe.student:
         student = add("student-base", "Student", None, recipe.student)
     else:
@@ -251,11 +249,15 @@ def plan(recipe: Recipe, out: Path) -> list[Stage]:
     add("distillation", "Student, distilled", distill.train, settings)
     settings = filled("student_rl", model=student, **problems)
     add("student-rl", "Student, RL alone", grpo.train, settings)
-    return stages
+    names = [stage.name for stage in stages]
+    if recipe.until not in names:
+        raise RequestError(f"--until {recipe.until}: expected one of {', '.join(names)}")
+    return stages[: names.index(recipe.until) + 1]
 
 
 def _check(recipe: Recipe) -> None:
-    if recipe.task == "jsonl" and recipe.students and recipe.distilled == "answers":
+    students = recipe.until in ("distillation", "student-rl")
+    if recipe.task == "jsonl" and recipe.distilled == "answers" and students:
         raise RequestError("with task jsonl the student learns the mixture: --distilled mixture")
     if recipe.task == "jsonl" and not recipe.cold_start.data:
         raise RequestError(

@@ -165,7 +165,7 @@ def _rl(out: Path, stages: Sequence[Stage]) -> Iterator[Block]:
 def _data(stages: Sequence[Stage]) -> Iterator[Block]:
     """What rejection sampling kept."""
     found = {s.name: _json(s.path / "report.json") for s in stages if s.model is None}
-    counts, mixture = found["rejection"], found["mixture"]
+    counts, mixture = (found.get(name, {}) for name in ("rejection", "mixture"))
     if counts:
         yield Heading("Rejection sampling")
         total = counts["answers"]

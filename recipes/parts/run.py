@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 # Settings of a recipe that a run may go on with after they were changed: they say how long and how
 # often, not what is learned. Everything in `Options` may change, too.
-MAY_CHANGE = frozenset({"steps", "evaluate_every", "sample_every"})
+MAY_CHANGE = frozenset({"steps", "evaluate_every", "sample_every", "until"})
 
 _SETTINGS, _LOCK, _CHECKPOINTS = "recipe.json", ".lock", "checkpoints"
 

@@ -1,0 +1,209 @@
+"""R1's pipeline: what its stages are, what it refuses, and that it can be killed in any of them."""
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+
+import jax
+import pytest
+import resumable
+from resumable import Resumable
+
+from deepzoo import zoo
+from deepzoo.recipes import grpo, r1, sft
+from deepzoo.recipes.parts import main as line
+from deepzoo.recipes.parts import tasks
+from deepzoo.recipes.parts.accuracy import wilson
+from deepzoo.recipes.parts.r1_report import command
+from deepzoo.recipes.parts.run import Options
+from deepzoo.recipes.r1 import PRESETS, plan
+from deepzoo.zoo.config import Config
+from deepzoo.zoo.errors import RequestError
+from deepzoo.zoo.tokenizer import Tokenizer
+from deepzoo.zoo.types import Model
+
+NAMES = (
+    "00-base 01-zero 02-cold-start 03-rl-1 04-rejection 05-mixture 06-fine-tuning 07-rl-2"
+    " 08-student-base 09-distillation 10-student-rl"
+).split()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_stages_in_their_order(name):
+    recipe = PRESETS[name]
+    stages = {s.path.name: s for s in plan(recipe, Path("out"))}
+    assert list(stages) == NAMES
+    base = recipe.base or "out/00-base/model"
+    starts = {s: getattr(stages[s].settings, "model", None) for s in NAMES}
+    assert starts["01-zero"] == starts["02-cold-start"] == starts["06-fine-tuning"] == base
+    assert starts["03-rl-1"] == "out/02-cold-start/model"
+    assert starts["04-rejection"] == "out/03-rl-1/model"
+    assert starts["07-rl-2"] == "out/06-fine-tuning/model"
+    assert stages["05-mixture"].settings.accepted == "out/04-rejection/data.jsonl"
+    assert stages["06-fine-tuning"].settings.data == "out/05-mixture/data.jsonl"
+    student = recipe.student or "out/08-student-base/model"
+    assert starts["10-student-rl"] == stages["09-distillation"].settings.student == student
+    assert stages["09-distillation"].settings.teacher == "out/07-rl-2/model"
+    seeds = [s.settings.seed for s in stages.values() if s.train is not None]
+    assert len(set(seeds)) == len(seeds)
+    assert len(plan(dataclasses.replace(recipe, until="rl-2"), Path("out"))) == 8
+
+
+def test_the_paper_has_the_papers_settings():
+    stages = {s.name: s.settings for s in plan(PRESETS["paper"], Path("out"))}
+    blank = {"model": "", "data": "", "seed": 0}
+    for name, preset in (("zero", "r1_zero"), ("rl-1", "r1_stage1"), ("rl-2", "r1_stage2")):
+        given = grpo.PRESETS[preset]
+        assert dataclasses.replace(stages[name], **blank) == dataclasses.replace(given, **blank)
+    for name, preset in (("cold-start", "r1_cold_start"), ("fine-tuning", "r1_sft")):
+        given = sft.PRESETS[preset]
+        assert dataclasses.replace(stages[name], **blank) == dataclasses.replace(given, **blank)
+    assert stages["distillation"].data == "out/05-mixture/data.jsonl"
+    assert stages["student-rl"].rate == 2e-6
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--zero.model x", "--zero.model: the pipeline sets it"),
+        ("--rl-1.task arithmetic", "--rl-1.task: the pipeline sets it"),
+        ("--pretraining.seed 3", "--pretraining.seed: the pipeline sets it"),
+        ("--until rl-3", "--until rl-3: expected one of base, zero, cold-start, "),
+        ("--share 1", "--share is 1.0; expected from 0 to below 1"),
+        ("--task jsonl --data x", "the student learns the mixture"),
+        ("--task jsonl --data x --until rl-2", "give --cold-start.data"),
+    ],
+)
+def test_what_is_refused_before_anything_is_written(flags, told, tmp_path):
+    recipe, _, _ = line.parse(PRESETS, "", ["--out", "x", *flags.split()], "x")
+    with pytest.raises(RequestError, match=told):
+        r1.train(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--base v2-nano --until rl-2 --zero.steps 3",
+        "--preset paper --zero.objective.beta 0.1 --rejection.code --rl-1.replay --seed 4",
+        "--zero.scale batch_std --rejection.no-code --distilled mixture"
+        " --cold-start.lora-targets attention dense_mlp",
+    ],
+)
+def test_the_report_tells_the_command(flags):
+    recipe, _, _ = line.parse(PRESETS, "", ["--out", "x", *flags.split()], "x")
+    words = shlex.split(command(recipe, PRESETS))
+    assert words[:3] == ["deepzoo", "train", "r1"]
+    assert line.parse(PRESETS, "", words[3:], "x")[0] == recipe
+
+
+PROMPTS = [f"{n} + 1 =" for n in range(200)]
+
+
+def make(folder):
+    """A dense model that mostly answers 7, and problems whose answer is 7."""
+    config = Config(
+        model_type="qwen2", vocab_size=1007, hidden_size=16, intermediate_size=16,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=64, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
+        dtype="float32",
+    )  # fmt: skip
+    params = zoo.init(config, jax.random.key(0))
+    model = Model(config, params, Tokenizer(tasks.tokenizer_files(), config))
+    zoo.save_hf(model, folder / "fresh")
+    for name, field in (("problems", "answer"), ("cold", "completion")):
+        lines = (json.dumps({"prompt": p, field: "7"}) + "\n" for p in PROMPTS)
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    recipe = sft.Recipe(
+        model=str(folder / "fresh"), data=str(folder / "cold.jsonl"), task="", epochs=3, rows=8,
+        length=32, rate=2e-2, held_out=0,
+    )  # fmt: skip
+    sft.train(recipe, folder / "sft", Options(quiet=True))
+    return folder / "sft" / "model"
+
+
+def small(folder):
+    """A pipeline of a few seconds."""
+    nano = PRESETS["nano"]
+    rl = dataclasses.replace(
+        nano.zero, steps=2, prompts=2, answers=4, max_tokens=3, prompt_tokens=8, held_out=2,
+        slots=8,
+    )  # fmt: skip
+    few = dataclasses.replace(
+        nano.cold_start, data=str(folder / "cold.jsonl"), samples=0, epochs=1, rows=50, length=16,
+        mtp=0.0,
+    )  # fmt: skip
+    rejection = dataclasses.replace(
+        nano.rejection, prompts=4, answers=4, at_once=2, max_tokens=3, slots=8, form=False
+    )
+    return dataclasses.replace(
+        nano, base=str(folder / "sft" / "model"), task="jsonl",
+        data=str(folder / "problems.jsonl"), general=str(folder / "cold.jsonl"), problems=4,
+        max_tokens=3, slots=8, until="fine-tuning", zero=rl, rl_1=rl, cold_start=few,
+        fine_tuning=dataclasses.replace(few, data=""), rejection=rejection,
+    )  # fmt: skip
+
+
+def child(folder):
+    """The same in another process, to be killed."""
+    source = f"""
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    import test_r1
+    recipe, train = test_r1.small(Path({str(folder)!r})), test_r1.r1.train
+    """
+    return Resumable(source=source, save_every=1, pace=0.0)
+
+
+def runs(out):
+    """Directories of stages and evaluations that took steps."""
+    return sorted(p.parent.relative_to(out) for p in out.rglob("metrics.jsonl"))
+
+
+@pytest.mark.slow
+def test_it_can_be_killed_in_any_stage_and_skips_those_that_are_finished(tmp_path):
+    make(tmp_path)
+    recipe, process = small(tmp_path), child(tmp_path)
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    r1.train(recipe, out, Options(save_every=1, keep=1, log_every=1, quiet=True))
+    out.rename(whole)  # paths are settings: both runs have the same
+    process.run(out, status=-9, point="half", save=5)
+    assert resumable.newest(out / "01-zero") == 1
+    assert not (out / "02-cold-start").exists()
+    changed = dataclasses.replace(recipe, zero=dataclasses.replace(recipe.zero, steps=3))
+    with pytest.raises(RequestError, match=r"begun with other settings \(zero.steps: 2 -> 3\)"):
+        r1.train(changed, out)
+    greedy = out / "evaluation" / "base" / "greedy" / "metrics.jsonl"
+    finished = greedy.stat().st_mtime_ns
+    process.run(out, status=-9, point="visible", save=15)
+    assert resumable.newest(out / "04-rejection") == 1
+    told = process.run(out)
+    assert "04-rejection" in told
+    assert "01-zero" not in told
+    assert greedy.stat().st_mtime_ns == finished
+    assert runs(out) == runs(whole)
+    assert len(runs(out)) == 5 + 5 * 3
+    for run in runs(out):
+        resumable.compare(whole / run, out / run)
+    mixed = Path("05-mixture") / "data.jsonl"
+    assert (out / mixed).read_bytes() == (whole / mixed).read_bytes()
+    same, other = ((p / "report.md").read_text().split("## Time")[0] for p in (out, whole))
+    assert same == other
+    check_report(out, same)
+
+
+def check_report(out, text):
+    """It says what the evaluations found, in numbers that were counted here."""
+    for folder, name in (("base/greedy", "Base"), ("fine-tuning/0.6", "Dev3: base, fine-tuned")):
+        files = (out / "evaluation" / folder / "answers").glob("*.jsonl")
+        made = [json.loads(row) for f in files for row in f.read_text().splitlines()]
+        right = sum(a["finished"] and a["verdict"]["accuracy"] == 1.0 for a in made)
+        low, high = wilson(right, 4)
+        row = next(r for r in text.splitlines() if r.startswith(f"| {name} |"))
+        assert f"| {right / 4:.1%} ({low:.1%} to {high:.1%}) |" in row
+    times = json.loads((out / "times.json").read_text())["parts"]
+    starts = {name: times[name]["starts"] for name in ("zero", "cold-start", "rejection")}
+    assert starts == {"zero": 2, "cold-start": 1, "rejection": 2}
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 2
