@@ -10,7 +10,7 @@ this folder with settings of its own, `--zero.steps 20` for example:
     00-base                 pretrain   unless --base names a model
     01-zero                 grpo       from the base, by rules alone: R1-Zero
     02-cold-start           sft        from the base, on readable solutions
-    03-rl-1                 grpo       paper: with a reward for language consistency
+    03-rl-1                 grpo       with a reward for one language, readable
     04-rejection            reject     what that model answers right, readable
     05-mixture                         and general data beside it
     06-fine-tuning          sft        from the base, on both
@@ -29,10 +29,10 @@ Deviations:
 * those of the recipes of the stages: the preference models of the second stage of RL, and the judge
   for answers that rules cannot check, are not public;
 * the cold start's traces are written by the task, not sampled from R1-Zero and edited by people;
-* nano: one kind of problems, Countdown, in all stages, and the reward of all is accuracy and form:
-  its texts have no language to be consistent in; the general data are sums and requests that cannot
-  be read; the student learns answers of R1 to new problems, where the paper's learned the data of
-  05-mixture (--distilled mixture).
+* nano: one kind of problems, Countdown, in all stages; for the consistency of language stands the
+  share of readable lines; the general data are sums, and requests that cannot be read; the student
+  learns answers of R1 to new problems, where the paper's learned the data of 05-mixture
+  (--distilled mixture).
 """
 
 import contextlib
@@ -53,9 +53,11 @@ from deepzoo.recipes.parts.r1_report import (
     EVALUATION,
     SAMPLING,
     TIMES,
+    Found,
     Stage,
     accuracies,
     evaluation,
+    measured,
     told,
 )
 from deepzoo.recipes.parts.report import Picture, markdown, page
@@ -105,8 +107,10 @@ class Recipe:
     """Into the student."""
     student_rl: grpo.Recipe
     """Of the student as it was."""
+    beside: tuple[str, ...] = ()
+    """Further tasks that every model answers, at temperature 0.6."""
     problems: int = 500
-    """Held-out problems that every model answers."""
+    """Held-out problems that every model answers; so many of each task."""
     samples: int = 1
     """Answers of each, but for greedy ones."""
     max_tokens: int = 256
@@ -130,20 +134,22 @@ _RL = _open(
     objective=Objective(clip_high=0.28, norm="token"), rate=2e-4, beta2=0.99, decay=0.5,
     format=0.2, slots=128, held_out=100, evaluate_every=0,
 )  # fmt: skip
+_RL_MORE = dataclasses.replace(_RL, language=0.2)
 _SFT = _open(sft.PRESETS["nano"], samples=800, epochs=3, length=512, rate=5e-4, mtp=0.1, held_out=0)
 _ZERO = _open(grpo.PRESETS["r1_zero"])
 PRESETS = {
     "nano": Recipe(
+        beside=("countdown-4", "countdown-unsolvable"),
         pretraining=pretrain.PRESETS["r1_nano"],
         zero=_RL,
         cold_start=_SFT,
-        rl_1=_RL,
+        rl_1=_RL_MORE,
         rejection=_open(
             reject.PRESETS["nano"], prompts=600, answers=4, max_tokens=192, per_problem=2,
             form=True, repeated=0.0, at_once=32, slots=128,
         ),
         fine_tuning=_SFT,
-        rl_2=_RL,
+        rl_2=_RL_MORE,
         student_base=pretrain.PRESETS["student_nano"],
         distillation=_open(
             distill.PRESETS["nano"], problems=2000, max_tokens=192, epochs=3, length=512,
@@ -168,7 +174,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def train(recipe: Recipe, out: Path, options: Options | None = None) -> dict[str, Any]:
+def train(recipe: Recipe, out: Path, options: Options | None = None) -> Found:
     """Runs the stages that are not finished; returns what `accuracies` does.
 
     Called again for the same directory, it goes on where it was ended.
@@ -179,22 +185,23 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> dict[str
     """
     out = Path(out).expanduser().resolve()
     stages = plan(recipe, out)
-    with Run(out, recipe, options) as run, _ended_by_sigterm():
+    with Run(out, recipe, options) as run, ended_by_sigterm():
         times = Clock(out / TIMES)
         for stage in stages:
             if stage.train is not None and not stage.finished:
                 run.say(f"{stage.path.name}: {stage.title}")
                 with times.part(stage.name):
                     stage.train(stage.settings, stage.path, _options(stage, run.options))
-            for how, path in _ways(out, stage).items():
+            for task, how in measured(recipe) if stage.model else ():
+                path = evaluation(out, stage.name, task, how)
                 if not (path / "report.md").exists():  # it is written last
                     with times.part(EVALUATION):
-                        judge(recipe, stage, how, path, run.options)
+                        judge(recipe, stage, task, how, path, run.options)
             _write(run, recipe, stages)
-        found = accuracies(out, stages)
+        found = accuracies(out, recipe, stages)
         for stage in stages:
             if stage.model:
-                run.say(f"{stage.title}: {found[stage.name]['0.6']}")
+                run.say(f"{stage.title}: {found[stage.name][recipe.task, '0.6']}")
         run.say(f"the report: {out / 'report.html'}")
     return found
 
@@ -285,7 +292,7 @@ def _options(stage: Stage, options: Options) -> Options:
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
+def ended_by_sigterm() -> Iterator[None]:
     """Between the runs of the stages, which end themselves in order, it ends the pipeline."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -297,17 +304,12 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _ways(out: Path, stage: Stage) -> dict[str, Path]:
-    """The directories of the evaluations of its model."""
-    return {how: evaluation(out, stage.name, how) for how in SAMPLING} if stage.model else {}
-
-
-def judge(recipe: Recipe, stage: Stage, how: str, out: Path, options: Options) -> None:
+def judge(recipe: Recipe, stage: Stage, task: str, how: str, out: Path, options: Options) -> None:
     """Has the stage's model answer the held-out problems."""
     asked_as = {"base": recipe.zero, "student-base": recipe.student_rl}.get(stage.name)
     temperature, top_p = SAMPLING[how]
     settings = evaluate.Recipe(
-        model=str(stage.model), task=recipe.task, data=recipe.data,
+        model=str(stage.model), task=task, data=recipe.data if task == recipe.task else "",
         template=getattr(asked_as or stage.settings, "template", ""), problems=recipe.problems,
         samples=recipe.samples if temperature else 1, passes=(1,), majorities=(),
         max_tokens=recipe.max_tokens, temperature=temperature, top_p=top_p, slots=recipe.slots,

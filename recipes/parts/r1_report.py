@@ -1,8 +1,8 @@
 """What the report of the R1 recipe says, from the files that its stages wrote.
 
-OUT/00-base/ ...                    runs of the stages
-OUT/evaluation/base/greedy/ ...     runs of `recipes/evaluate.py`: a model, a way of answering
-OUT/times.json                      see `clock`
+OUT/00-base/ ...                           runs of the stages
+OUT/evaluation/base/countdown/greedy/ ...  runs of `recipes/evaluate.py`: model, task, how
+OUT/times.json                             see `clock`
 """
 
 import json
@@ -28,6 +28,7 @@ from deepzoo.recipes.parts.settings import differences, plain
 
 # How every model answers: name -> temperature, top-p. The second is the papers' (R1, section 3).
 SAMPLING = {"greedy": (0.0, 1.0), "0.6": (0.6, 0.95), "1.0": (1.0, 1.0)}
+WAYS = {"greedy": "greedy", "0.6": "temperature 0.6, top-p 0.95", "1.0": "temperature 1"}
 TIMES, EVALUATION = "times.json", "evaluation"
 
 
@@ -58,19 +59,28 @@ class Stage(NamedTuple):
         return self.train is None or (self.path / last).exists()
 
 
-def evaluation(out: Path, name: str, how: str) -> Path:
-    """The directory in which a stage's model answers the held-out problems."""
-    return out / EVALUATION / name / how
+def measured(recipe: Any) -> list[tuple[str, str]]:
+    """(task, way of answering) of all evaluations of a model."""
+    return [(recipe.task, how) for how in SAMPLING] + [(task, "0.6") for task in recipe.beside]
 
 
-def accuracies(out: Path, stages: Sequence[Stage]) -> dict[str, dict[str, Share]]:
-    """Name of a stage -> way of answering -> share of right answers, as far as it was measured."""
-    found: dict[str, dict[str, Share]] = {s.name: {} for s in stages if s.model}
-    for name, shares in found.items():
-        for how in SAMPLING:
-            if report := _json(evaluation(out, name, how) / "report.json"):
-                shares[how] = Share(**report["pass@1"])
-    return {name: shares for name, shares in found.items() if shares}
+def evaluation(out: Path, name: str, task: str, how: str) -> Path:
+    """The directory in which a stage's model answers held-out problems."""
+    return out / EVALUATION / name / task / how
+
+
+type Found = Mapping[str, Mapping[tuple[str, str], Share]]
+"""Name of a stage -> (task, way of answering) -> share of right answers."""
+
+
+def accuracies(out: Path, recipe: Any, stages: Sequence[Stage]) -> Found:
+    """What was measured so far, in the order of the stages."""
+    found: dict[str, dict[tuple[str, str], Share]] = {}
+    for stage in stages:
+        for task, how in measured(recipe) if stage.model else ():
+            if report := _json(evaluation(out, stage.name, task, how) / "report.json"):
+                found.setdefault(stage.name, {})[task, how] = Share(**report["pass@1"])
+    return found
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -81,9 +91,9 @@ def told(
     out: Path, recipe: Any, stages: Sequence[Stage], presets: Mapping[str, Any]
 ) -> Iterator[Block]:
     """The report, from what the stages have written so far."""
-    found = accuracies(out, stages)
+    found = accuracies(out, recipe, stages)
     titles = {s.name: s.title for s in stages}
-    ways = {"greedy": "greedy", "0.6": "temperature 0.6, top-p 0.95", "1.0": "temperature 1"}
+    main, ways = [(recipe.task, how) for how in SAMPLING], list(WAYS.values())
     yield Heading("R1, stage by stage", 1)
     asked = f"{recipe.samples} answers of each" if recipe.samples > 1 else "one answer of each"
     yield Text(
@@ -92,55 +102,60 @@ def told(
     )
     yield Verbatim(command(recipe, presets))
     yield Heading("How often each model is right")
-    yield Picture(
-        "ladder.svg",
-        ladder([(titles[n], [f.get(how) for how in SAMPLING]) for n, f in found.items()],
-               list(ways.values())),
-        "Shares of right answers of each model, with intervals",
-    )  # fmt: skip
+    rows = [(titles[name], [shares.get(way) for way in main]) for name, shares in found.items()]
+    yield Picture("ladder.svg", ladder(rows, ways), "Shares of right answers, with intervals")
     yield Table(
-        ["", *ways.values(), "cut off", "tokens"],
+        ["", *ways, "cut off", "tokens"],
         [
-            [titles[name], *(str(shares.get(how, "")) for how in SAMPLING), *_cut(out, name)]
-            for name, shares in found.items()
+            [title, *(str(share or "") for share in shares), *_cut(out, recipe, name)]
+            for name, (title, shares) in zip(found, rows, strict=True)
         ],
     )
     yield Text("The last two columns are those of temperature 0.6.")
-    yield from map(Text, _compared(found))
+    yield from _compared(recipe, found)
+    if recipe.beside:
+        yield Heading("Other tasks")
+        yield Text(f"At temperature 0.6, {recipe.problems} held-out problems of each.")
+        yield Table(
+            ["", *recipe.beside],
+            [
+                [titles[name], *(str(shares.get((task, "0.6"), "")) for task in recipe.beside)]
+                for name, shares in found.items()
+            ],
+        )
     yield from _rl(out, stages)
     yield from _data(stages)
-    yield from _samples(out, found, titles)
+    yield from _samples(out, recipe, found, titles)
     yield from _times(out, stages)
 
 
-def _cut(out: Path, name: str) -> list[str]:
-    report = _json(evaluation(out, name, "0.6") / "report.json")
+def _cut(out: Path, recipe: Any, name: str) -> list[str]:
+    report = _json(evaluation(out, name, recipe.task, "0.6") / "report.json")
     return [f"{report['truncated']:.1%}", f"{report['length']:.0f}"] if report else ["", ""]
 
 
-# What the paper says of the ladder, to be compared with what was measured: later, earlier, claim.
+# What the paper compares: a claim, the later and the earlier stage.
 _CLAIMS = (
-    ("zero", "base", "RL alone, R1-Zero against its base"),
-    ("rl-1", "cold-start", "the first stage of RL, Dev2 against Dev1"),
-    ("fine-tuning", "rl-1", "fine-tuning the base on sampled answers, Dev3 against Dev2"),
-    ("rl-2", "fine-tuning", "the second stage of RL, R1 against Dev3"),
-    ("rl-2", "zero", "the whole pipeline, R1 against R1-Zero"),
-    ("distillation", "rl-2", "the student against its teacher"),
-    ("distillation", "student-rl", "distillation against RL on the same student"),
+    ("RL alone: R1-Zero against its base", "zero", "base"),
+    ("first stage of RL: Dev2 against Dev1", "rl-1", "cold-start"),
+    ("the base on sampled answers: Dev3 against Dev2", "fine-tuning", "rl-1"),
+    ("second stage of RL: R1 against Dev3", "rl-2", "fine-tuning"),
+    ("all stages: R1 against R1-Zero", "rl-2", "zero"),
+    ("the distilled student against its teacher", "distillation", "rl-2"),
+    ("the same student: distilled against RL alone", "distillation", "student-rl"),
 )
 
 
-def _compared(found: Mapping[str, Mapping[str, Share]]) -> Iterator[str]:
-    lines = []
-    for later, earlier, claim in _CLAIMS:
-        one, other = (found.get(name, {}).get("0.6") for name in (later, earlier))
-        if one is None or other is None:
-            continue
-        apart = one.low > other.high or one.high < other.low
-        sure = "" if apart else ", within what so few problems can tell"
-        lines.append(f"{claim}: {100 * (one.value - other.value):+.1f} points{sure}")
-    if lines:
-        yield "At temperature 0.6: " + "; ".join(lines) + "."
+def _compared(recipe: Any, found: Found) -> Iterator[Block]:
+    rows = []
+    for claim, later, earlier in _CLAIMS:
+        one, other = (found.get(name, {}).get((recipe.task, "0.6")) for name in (later, earlier))
+        if one is not None and other is not None:
+            apart = one.low > other.high or one.high < other.low
+            points = f"{100 * (one.value - other.value):+.1f}"
+            rows.append([claim, points, "apart" if apart else "overlap"])
+    if rows:
+        yield Table(["at temperature 0.6", "points", "intervals"], rows)
 
 
 def _rl(out: Path, stages: Sequence[Stage]) -> Iterator[Block]:
@@ -180,12 +195,12 @@ def _data(stages: Sequence[Stage]) -> Iterator[Block]:
         )
 
 
-def _samples(out: Path, found: Mapping[str, Any], titles: Mapping[str, str]) -> Iterator[Block]:
+def _samples(out: Path, recipe: Any, found: Found, titles: Mapping[str, str]) -> Iterator[Block]:
     """What each model answers to one problem: the first that some are right on and some wrong."""
     said = {}
     for name, shares in found.items():
-        if "0.6" in shares:
-            every = answers.made(evaluation(out, name, "0.6"))
+        if (recipe.task, "0.6") in shares:
+            every = answers.made(evaluation(out, name, recipe.task, "0.6"))
             said[name] = {a.problem: a for a in reversed(list(every))}
     shared = set.intersection(*(set(some) for some in said.values())) if said else set()
     mixed = [p for p in sorted(shared) if len({some[p].right for some in said.values()}) > 1]

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shlex
+import signal
 from pathlib import Path
 
 import jax
@@ -15,8 +17,9 @@ from deepzoo.recipes import grpo, r1, sft
 from deepzoo.recipes.parts import main as line
 from deepzoo.recipes.parts import tasks
 from deepzoo.recipes.parts.accuracy import wilson
-from deepzoo.recipes.parts.r1_report import command
-from deepzoo.recipes.parts.run import Options
+from deepzoo.recipes.parts.mixture import Mixture
+from deepzoo.recipes.parts.r1_report import command, evaluation
+from deepzoo.recipes.parts.run import Options, Run
 from deepzoo.recipes.r1 import PRESETS, plan
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.errors import RequestError
@@ -86,7 +89,7 @@ def test_what_is_refused_before_anything_is_written(flags, told, tmp_path):
     "flags",
     [
         "",
-        "--base v2-nano --until rl-2 --zero.steps 3",
+        "--base v2-nano --until rl-2 --zero.steps 3 --beside --share 0.5",
         "--preset paper --zero.objective.beta 0.1 --rejection.code --rl-1.replay --seed 4",
         "--zero.scale batch_std --rejection.no-code --distilled mixture"
         " --cold-start.lora-targets attention dense_mlp",
@@ -97,6 +100,28 @@ def test_the_report_tells_the_command(flags):
     words = shlex.split(command(recipe, PRESETS))
     assert words[:3] == ["deepzoo", "train", "r1"]
     assert line.parse(PRESETS, "", words[3:], "x")[0] == recipe
+
+
+def test_sigterm_behind_the_last_step_of_a_stage_ends_the_pipeline(tmp_path):
+    """While a stage's run is open, it decides when to stop; then nothing must begin."""
+    settings = Mixture(accepted="", general="", share=0.0)
+
+    def write(path):
+        os.kill(os.getpid(), signal.SIGTERM)
+        path.write_text("whole")
+
+    def pipeline():
+        with r1.ended_by_sigterm():
+            with Run(tmp_path / "stage", settings, Options(quiet=True)) as run:
+                run.product("model", write)
+            pytest.fail("went on")
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        pipeline()
+    assert end.value.code == 0
+    assert (tmp_path / "stage" / "model").read_text() == "whole"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 PROMPTS = [f"{n} + 1 =" for n in range(200)]
@@ -141,7 +166,7 @@ def small(folder):
     return dataclasses.replace(
         nano, base=str(folder / "sft" / "model"), task="jsonl",
         data=str(folder / "problems.jsonl"), general=str(folder / "cold.jsonl"), problems=4,
-        max_tokens=3, slots=8, until="fine-tuning", zero=rl, rl_1=rl, cold_start=few,
+        max_tokens=3, slots=8, beside=(), until="fine-tuning", zero=rl, rl_1=rl, cold_start=few,
         fine_tuning=dataclasses.replace(few, data=""), rejection=rejection,
     )  # fmt: skip
 
@@ -174,7 +199,7 @@ def test_it_can_be_killed_in_any_stage_and_skips_those_that_are_finished(tmp_pat
     changed = dataclasses.replace(recipe, zero=dataclasses.replace(recipe.zero, steps=3))
     with pytest.raises(RequestError, match=r"begun with other settings \(zero.steps: 2 -> 3\)"):
         r1.train(changed, out)
-    greedy = out / "evaluation" / "base" / "greedy" / "metrics.jsonl"
+    greedy = evaluation(out, "base", "jsonl", "greedy") / "metrics.jsonl"
     finished = greedy.stat().st_mtime_ns
     process.run(out, status=-9, point="visible", save=15)
     assert resumable.newest(out / "04-rejection") == 1
@@ -195,8 +220,11 @@ def test_it_can_be_killed_in_any_stage_and_skips_those_that_are_finished(tmp_pat
 
 def check_report(out, text):
     """It says what the evaluations found, in numbers that were counted here."""
-    for folder, name in (("base/greedy", "Base"), ("fine-tuning/0.6", "Dev3: base, fine-tuned")):
-        files = (out / "evaluation" / folder / "answers").glob("*.jsonl")
+    for stage, how, name in (
+        ("base", "greedy", "Base"),
+        ("fine-tuning", "0.6", "Dev3: base, fine-tuned"),
+    ):
+        files = (evaluation(out, stage, "jsonl", how) / "answers").glob("*.jsonl")
         made = [json.loads(row) for f in files for row in f.read_text().splitlines()]
         right = sum(a["finished"] and a["verdict"]["accuracy"] == 1.0 for a in made)
         low, high = wilson(right, 4)
