@@ -45,6 +45,19 @@ class Terminal:
         """Presses these keys."""
         os.write(self._outer, text.encode())
 
+    def insist(self, key: str, text: str) -> str:
+        """Presses a key until `text` is shown, as a person would: Python looks for signals before
+        it waits for the next key, and one that comes just in between is seen only after that key.
+        """
+        for _ in range(3):
+            self.press(key)
+            try:
+                return self.wait_for(text, timeout=10)
+            except AssertionError:
+                continue
+        self.press(key)
+        return self.wait_for(text)
+
     def wait_for(self, text: str, timeout: float = 30) -> str:
         """What was shown since the last call, up to and with `text`.
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 TRAIN = """
-import dataclasses, json, sys
+import dataclasses, json, sys, time
 from pathlib import Path
 import jax
 count, index, port, folder, steps, on = sys.argv[1:]
@@ -56,6 +56,11 @@ if checkpoint.saved(folder):
     state = checkpoint.newest(folder, checkpoint.abstract(state), print)
 loss = []
 step = jitted(train_step(next_token(config, mtp=0.3), tx, bias_rate=lambda at: 0.01), state)
+step.lower(state, batch(0)).compile()
+ready = [folder.parent / f"compiled{i}" for i in range(int(count))]
+ready[int(index)].touch()
+while not all(path.exists() for path in ready):  # gloo waits 30 seconds for one that compiles
+    time.sleep(0.05)
 state = fit(step, state, batch, int(steps), [lambda s, m: loss.append(float(m["loss"]))])
 checkpoint.save_state(folder, state)
 try:
@@ -73,8 +78,7 @@ def both(folder: Path, steps: int, on: str) -> list[list[float]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    environment = os.environ | child.on_cpu(1)
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(TRAIN), "2", str(i), str(port), str(folder),

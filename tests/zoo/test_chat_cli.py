@@ -204,8 +204,7 @@ def test_on_a_terminal_thoughts_are_dimmed_and_mistakes_keep_the_chat(
         assert "/none/x: No such file or directory" in terminal.wait_for(PROMPT)
         terminal.press("half a li")
         terminal.wait_for("half a li")  # now readline surely listens
-        terminal.press(CTRL_C)
-        assert "Ctrl-D or /exit leaves" in terminal.wait_for(PROMPT)
+        assert "Ctrl-D or /exit leaves" in terminal.insist(CTRL_C, PROMPT)
         terminal.press(f"/save {file}\r")
         terminal.wait_for(PROMPT)
         terminal.press(CTRL_D)
