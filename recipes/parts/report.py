@@ -139,10 +139,11 @@ def ladder(rows: Sequence[tuple[str, Sequence[Share | None]]], series: Sequence[
         at = x(percent / 100)
         parts.append(_line([(at, top - 8), (at, high)], _FAINT))
         parts.append(_words(at, high + 16, f"{percent}%", _GREY, anchor="middle"))
+    at = left
     for i, name in enumerate(series):
-        at = left + i * 160
         parts.append(_mark(i, at, 14))
         parts.append(_words(at + 10, 18, name, SHADES[i]))
+        at += 34 + 7 * len(name)  # a letter of 11 pixels is hardly wider
     for number, (name, shares) in enumerate(rows):
         middle = top + step * number + step / 2 - 4
         parts.append(_words(left - 14, middle + 4, name, SHADES[0], anchor="end", size=12))
