@@ -295,12 +295,13 @@ def traces(recipe: Recipe, teacher: Model) -> list[dict[str, Any]]:
         for row in np.flatnonzero(~made.truncated).tolist():
             which = first + int(made.group[row])
             problem, text = asked[which], tokenizer.decode(made.answer(row)[:-1])
+            if prompts[which].thought:
+                text = THINK.text + text
             right = task.judge(problem, text, True).get("accuracy") == 1.0
             if not right or (which, text) in seen:
                 continue
             seen.add((which, text))
-            opened = THINK.text if prompts[which].thought else ""
-            kept.append({"prompt": problem.prompt, "completion": opened + text, "raw": problem.raw})
+            kept.append({"prompt": problem.prompt, "completion": text, "raw": problem.raw})
     if not kept:
         raise DataError(
             f"{recipe.teacher} has no right answer to {len(asked)} problems of {recipe.task}; take"

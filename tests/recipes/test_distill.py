@@ -12,11 +12,14 @@ import pytest
 
 from deepzoo import zoo
 from deepzoo.recipes import distill, pretrain
-from deepzoo.recipes.parts import tasks
+from deepzoo.recipes.parts import countdown_tokenizer, problems, tasks
 from deepzoo.recipes.parts.divergence import divergence, head_divergence, with_teacher
-from deepzoo.recipes.parts.documents import documents
+from deepzoo.recipes.parts.documents import completion_ids, documents
+from deepzoo.recipes.parts.rollout import Trajectories
 from deepzoo.recipes.parts.run import Options
 from deepzoo.zoo.errors import RequestError
+from deepzoo.zoo.tokenizer import Tokenizer
+from deepzoo.zoo.types import Model
 
 KEY = jax.random.key(0)
 TEACHER = dataclasses.replace(
@@ -179,3 +182,30 @@ def test_the_presets_are_the_papers():
     for name, preset in distill.PRESETS.items():
         if name != "nano":
             assert (preset.rows, preset.length, preset.last) == (64, 32768, 0.1)
+
+
+def test_a_thought_that_the_prompt_has_opened_is_judged_and_kept(monkeypatch):
+    """Countdown's verifier wants the whole form, whose first tag stands in the prompt."""
+    config = dataclasses.replace(STUDENT, vocab_size=countdown_tokenizer.VOCABULARY, bos_token_id=1,
+                                 eos_token_id=2)  # fmt: skip
+    tokenizer = Tokenizer(countdown_tokenizer.tokenizer_files(), config)
+    teacher = Model(config, {}, tokenizer)
+    recipe = distill.Recipe(task="countdown", problems=2, max_tokens=128)
+    task = problems.task("countdown")
+    first, second = problems.batch(task.problems, 2, recipe.seed)
+    wrong = task.solution(second).replace("</answer>", " + 1</answer>")
+
+    def made(config, params, prompts, **options):
+        said = [completion_ids(tokenizer, t, opened=True) for t in (task.solution(first), wrong)]
+        rows = np.zeros((2, 3, options["width"]))
+        for i, (prompt, ids) in enumerate(zip(prompts, said, strict=True)):
+            rows[i, 0, : len(prompt) + len(ids)] = [*prompt, *ids]
+            rows[i, 1, len(prompt) : len(prompt) + len(ids)] = 1
+        tokens, mask, logprobs = rows.swapaxes(0, 1)
+        truncated = np.zeros(2, bool)
+        return Trajectories(tokens.astype(int), mask, logprobs, np.arange(2), truncated)
+
+    monkeypatch.setattr(distill, "rollout", made)
+    (kept,) = distill.traces(recipe, teacher)
+    completion = task.solution(first).replace("<think>\n", "<think>")  # the line was opened, too
+    assert kept == {"prompt": first.prompt, "completion": completion, "raw": False}
