@@ -22,6 +22,11 @@ Deviations:
   of pretraining (V3: lambda 0.1, gamma 0). No fill-in-the-middle;
 * nano extends v2-nano, which was trained on documents of at most about 110 tokens, each alone, to
   rows of 1024 in which they see each other.
+
+What nano's report says (seed 0, 2.5 minutes of CPU time): loss per token on 512 to 1,024 tokens
+12.10 as it was, 0.019 at the end; on the first 128, 1.93 and 0.013. After its first phase alone it
+is 1.21 beyond 512. The price: greedy answers to 200 held-out problems, each alone, right in 94.0%
+(95% interval 89.8% to 96.5%) from 99.5%.
 """
 
 import bisect
@@ -88,7 +93,7 @@ class Recipe:
     """Tokens of a row."""
     rows: tuple[int, ...] = (8, 4)
     """Rows of a batch."""
-    batches: tuple[int, ...] = (100, 100)
+    batches: tuple[int, ...] = (100, 60)
     """Batches."""
     accumulate: int = 1
     """Micro-batches of a batch; its rows are cut into so many parts, which need less memory."""
@@ -98,7 +103,7 @@ class Recipe:
     """Dtype of the model's arithmetic; parameters are kept in float32."""
     moments: Bytes = "float32"
     """Dtype of the optimiser's state."""
-    rate: float = 1e-3
+    rate: float = 3e-3
     """Learning rate of AdamW."""
     warmup: float = 0.05
     """Share of all batches in which the rate rises."""
@@ -141,8 +146,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 
-
-STAGES = ("as it was", "with YaRN", "trained")
+STAGES = ("as it was", "with YaRN", "trained")  # columns of the report
 
 
 def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
@@ -162,7 +166,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
     model, aside, layers = load(recipe)
     before, tokenizer = model.config, tokenizer_of(model)
     config = extended(before, recipe)
-    phases, held, facts = data(recipe, model, config)
+    phases, held, facts = data(recipe, model._replace(params={}), config)
     facts["model"] = leaf_fingerprint(model.params["embed_tokens"]["weight"])
     step, tx = learner(recipe, config)
     with Run(out, recipe, options, model=config, tokenizer=tokenizer, facts=facts) as run:
@@ -230,7 +234,7 @@ def check(recipe: Recipe) -> None:
         raise RequestError(
             f"--lengths, --rows, --batches need a number above 0 for each phase; they are {told}"
         )
-    if uneven := [n for n in recipe.rows if n % recipe.accumulate]:
+    if uneven := [n for n in recipe.rows if recipe.accumulate < 1 or n % recipe.accumulate]:
         raise RequestError(
             f"{uneven[0]} rows cannot be cut into {recipe.accumulate} equal micro-batches; change"
             " --rows or --accumulate"
