@@ -247,7 +247,7 @@ def countdown(tokenizer: Tokenizer, recipe: Recipe) -> Callable[[int], dict[str,
 
     def tokenize(text: countdown_corpus.Text) -> tuple[list[int], int]:
         if text.prompt:
-            return pair(model, text.prompt, text.completion)
+            return pair(model, text.messages, text.completion)
         return [*tokenizer.encode_prompt(text.completion), tokenizer.eos_ids[0]], 1
 
     def make(step: int) -> dict[str, np.ndarray]:

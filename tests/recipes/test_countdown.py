@@ -234,6 +234,18 @@ def test_careless_searches_are_right_now_and_then():
     assert 0.2 < sum(right) / len(right) < 0.4
 
 
+def test_conversations_go_on_after_answers_alone():
+    texts = [t for t in itertools.islice(countdown_corpus.corpus(0), 3000) if t.prompt]
+    turns = Counter(len(t.earlier) for t in texts)
+    assert set(turns) == {0, 1, 2}
+    assert 0.1 < (turns[1] + turns[2]) / len(texts) < 0.2
+    assert not any(turn.earlier for t in texts for turn in t.earlier)
+    for text in texts:
+        rendered = render(text.messages, "r1")
+        assert rendered.count("<answer>") == len(text.earlier)
+        assert rendered.count("<think>") == 1
+
+
 def test_the_tokenizer_gives_texts_back_and_has_a_token_for_each_word():
     texts = list(itertools.islice(countdown_corpus.corpus(1), 1000))
     for text in texts:
