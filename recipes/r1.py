@@ -23,7 +23,8 @@ Every model answers the same held-out problems greedily, at temperature 0.6 with
 at 1.0. `report.html` and `report.md` tell the ladder, and are written anew after each stage.
 
 Each stage is an ordinary run in its directory. Started again with the same command, finished stages
-are skipped, and the one that was interrupted goes on; other settings are refused.
+are skipped, and the one that was interrupted goes on. Other settings are refused, but for those of
+stages that have no directory yet: to do a stage anew, remove its directory and all behind it.
 
 Deviations:
 * those of the recipes of the stages: the preference models of the second stage of RL, and the judge
@@ -45,6 +46,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deepzoo.recipes import distill, evaluate, grpo, pretrain, reject, sft
+from deepzoo.recipes.parts import checkpoint
 from deepzoo.recipes.parts.clock import Clock
 from deepzoo.recipes.parts.main import main
 from deepzoo.recipes.parts.mixture import Mixture, mix
@@ -185,11 +187,17 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Found:
     """
     out = Path(out).expanduser().resolve()
     stages = plan(recipe, out)
-    with Run(out, recipe, options) as run, ended_by_sigterm():
+    names = [stage.name for stage in stages]
+    if recipe.until not in names:
+        raise RequestError(f"--until {recipe.until}: expected one of {', '.join(names)}")
+    with Run(out, recipe, options, open=still_open(stages)) as run, ended_by_sigterm():
         times = Clock(out / TIMES)
+        stages = stages[: names.index(recipe.until) + 1]
         for stage in stages:
             if stage.train is not None and not stage.finished:
                 run.say(f"{stage.path.name}: {stage.title}")
+                if not stage.path.exists():  # what was measured is of a model that was removed
+                    checkpoint.remove(out / EVALUATION / stage.name)
                 with times.part(stage.name):
                     stage.train(stage.settings, stage.path, _options(stage, run.options))
             for task, how in measured(recipe) if stage.model else ():
@@ -256,10 +264,21 @@ def plan(recipe: Recipe, out: Path) -> list[Stage]:
     add("distillation", "Student, distilled", distill.train, settings)
     settings = filled("student_rl", model=student, **problems)
     add("student-rl", "Student, RL alone", grpo.train, settings)
-    names = [stage.name for stage in stages]
-    if recipe.until not in names:
-        raise RequestError(f"--until {recipe.until}: expected one of {', '.join(names)}")
-    return stages[: names.index(recipe.until) + 1]
+    return stages
+
+
+# Fields of the recipe that a stage is the first to depend on, where it is not its name alone.
+_FIELDS = {
+    "base": ("base", "pretraining"), "mixture": ("general", "share"),
+    "student-base": ("student", "student_base"), "distillation": ("distillation", "distilled"),
+}  # fmt: skip
+
+
+def still_open(stages: Sequence[Stage]) -> set[str]:
+    """Settings of the stages behind the last one that has a directory: they may still change."""
+    begun = max((i for i, stage in enumerate(stages) if stage.path.exists()), default=-1)
+    names = [stage.name for stage in stages[begun + 1 :]]
+    return {field for n in names for field in _FIELDS.get(n, (n.replace("-", "_"),))} | {"beside"}
 
 
 def _check(recipe: Recipe) -> None:

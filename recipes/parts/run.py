@@ -17,7 +17,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 MAY_CHANGE = frozenset({"steps", "evaluate_every", "sample_every", "until"})
 
 _SETTINGS, _LOCK, _CHECKPOINTS = "recipe.json", ".lock", "checkpoints"
+_PARTIAL = "recipe.tmp"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +92,7 @@ class Run:
         model: Config | None = None,
         tokenizer: "Tokenizer | None" = None,
         facts: Mapping[str, Any] | None = None,
+        open: Collection[str] = (),
     ):
         """
         Args:
@@ -102,12 +104,13 @@ class Run:
             tokenizer: saved with the model.
             facts: further values that must be the same on resuming, such as the fingerprint of a
                 frozen model or a data set.
+            open: settings that may still change, because nothing depends on them yet.
         """
         self.out, self.options = Path(out).expanduser().resolve(), options or Options()
         self.missed = 0
         self._told = {"recipe": type(recipe).__module__, "settings": plain(recipe)}
         self._told |= {"facts": plain(facts or {})}
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._open = model, tokenizer, frozenset(open)
         self._folder = self.out / _CHECKPOINTS
         self._ending = False
         self._saved: int | None = None
@@ -309,18 +312,16 @@ class Run:
         self._ending = True
 
     def _compare(self) -> None:
-        path = self.out / _SETTINGS
+        path, partial = self.out / _SETTINGS, self.out / _PARTIAL
         now = json.loads(json.dumps(self._told))
         if not path.exists():
-            partial = path.with_suffix(".tmp")
             ours = (_LOCK, partial.name)
             if others := sorted(p.name for p in self.out.iterdir() if p.name not in ours):
                 raise RequestError(
                     f"{self.out}: holds {', '.join(others[:3])}, but no run; give a new directory"
                 )
             now["versions"] = {name: version(name) for name in ("deepzoo", "jax", "optax")}
-            partial.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, path)
+            self._write_settings(now)
             return
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -331,13 +332,21 @@ class Run:
         was, ours = before.get("recipe"), now["recipe"]
         if was != ours and "__main__" not in (was, ours):  # a copied file is __main__
             raise RequestError(f"{self.out}: is a run of {was}, not of {ours}")
-        told = [f"{k}: {v}" for k, v in found.items() if k.partition(".")[0] not in MAY_CHANGE]
+        free = MAY_CHANGE | self._open
+        told = [f"{k}: {v}" for k, v in found.items() if k.partition(".")[0] not in free]
         if told:
             more = f"; and {len(told) - 10} more" if len(told) > 10 else ""
             raise RequestError(
                 f"{self.out}: was begun with other settings ({'; '.join(told[:10])}{more}); take"
                 " those, or give a new directory"
             )
+        if any(k.partition(".")[0] in self._open for k in found):
+            self._write_settings(before | {"settings": now["settings"]})
+
+    def _write_settings(self, told: Mapping[str, Any]) -> None:
+        partial = self.out / _PARTIAL
+        partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self.out / _SETTINGS)
 
     def _described(self) -> dict[str, Any]:
         extra: dict[str, Any] = {"run": self._told}

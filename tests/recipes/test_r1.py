@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import resumable
 from resumable import Resumable
@@ -50,7 +51,6 @@ def test_the_stages_in_their_order(name):
     assert stages["09-distillation"].settings.teacher == "out/07-rl-2/model"
     seeds = [s.settings.seed for s in stages.values() if s.train is not None]
     assert len(set(seeds)) == len(seeds)
-    assert len(plan(dataclasses.replace(recipe, until="rl-2"), Path("out"))) == 8
 
 
 def test_the_paper_has_the_papers_settings():
@@ -132,21 +132,21 @@ def make(folder):
     config = Config(
         model_type="qwen2", vocab_size=1007, hidden_size=16, intermediate_size=16,
         num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=64, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
+        max_position_embeddings=64, initializer_range=0.02, bos_token_id=1, eos_token_id=2,
         dtype="float32",
     )  # fmt: skip
+    tokenizer = Tokenizer(tasks.tokenizer_files(), config)
+    ((equal,), (seven,)), (end,) = map(tokenizer.encode, "=7"), tokenizer.eos_ids
     params = zoo.init(config, jax.random.key(0))
-    model = Model(config, params, Tokenizer(tasks.tokenizer_files(), config))
-    zoo.save_hf(model, folder / "fresh")
+    read, said = (np.array(params[name]["weight"]) for name in ("embed_tokens", "lm_head"))
+    # 7 behind =, the end behind 7: each of about eight in ten samples.
+    read[equal], read[seven] = np.eye(16)[:2]
+    said[seven], said[end] = 2.1 * np.eye(16)[:2]
+    params |= {"embed_tokens": {"weight": read}, "lm_head": {"weight": said}}
+    zoo.save_hf(Model(config, params, tokenizer), folder / "base")
     for name, field in (("problems", "answer"), ("cold", "completion")):
         lines = (json.dumps({"prompt": p, field: "7"}) + "\n" for p in PROMPTS)
         (folder / f"{name}.jsonl").write_text("".join(lines))
-    recipe = sft.Recipe(
-        model=str(folder / "fresh"), data=str(folder / "cold.jsonl"), task="", epochs=3, rows=8,
-        length=32, rate=2e-2, held_out=0,
-    )  # fmt: skip
-    sft.train(recipe, folder / "sft", Options(quiet=True))
-    return folder / "sft" / "model"
 
 
 def small(folder):
@@ -154,7 +154,7 @@ def small(folder):
     nano = PRESETS["nano"]
     rl = dataclasses.replace(
         nano.zero, steps=2, prompts=2, answers=4, max_tokens=3, prompt_tokens=8, held_out=2,
-        slots=8,
+        slots=8, least=0.0,
     )  # fmt: skip
     few = dataclasses.replace(
         nano.cold_start, data=str(folder / "cold.jsonl"), samples=0, epochs=1, rows=50, length=16,
@@ -164,7 +164,7 @@ def small(folder):
         nano.rejection, prompts=4, answers=4, at_once=2, max_tokens=3, slots=8, form=False
     )
     return dataclasses.replace(
-        nano, base=str(folder / "sft" / "model"), task="jsonl",
+        nano, base=str(folder / "base"), task="jsonl",
         data=str(folder / "problems.jsonl"), general=str(folder / "cold.jsonl"), problems=4,
         max_tokens=3, slots=8, beside=(), until="fine-tuning", zero=rl, rl_1=rl, cold_start=few,
         fine_tuning=dataclasses.replace(few, data=""), rejection=rejection,
@@ -186,12 +186,35 @@ def runs(out):
     return sorted(p.parent.relative_to(out) for p in out.rglob("metrics.jsonl"))
 
 
+def test_settings_of_stages_that_have_not_begun_may_change(tmp_path):
+    nano, out = PRESETS["nano"], tmp_path / "out"
+    fields = {f.name for f in dataclasses.fields(r1.Recipe)}
+    shared = {"task", "data", "problems", "samples", "max_tokens", "slots", "seed", "until"}
+    assert r1.still_open(plan(nano, out)) == fields - shared
+    for name in NAMES[:9]:
+        (out / name).mkdir(parents=True)
+    assert r1.still_open(plan(nano, out)) == {
+        "distillation", "distilled", "student_rl", "beside"
+    }  # fmt: skip
+    (out / "04-rejection").rmdir()  # a later stage is there
+    assert "rejection" not in r1.still_open(plan(nano, out))
+
+
+def test_what_changed_is_what_must_be_the_same_from_then_on(tmp_path):
+    one, two, three = (Mixture(accepted="", general=g, share=0.0) for g in ("a", "b", "c"))
+    for settings, free in ((one, ()), (two, ("general",)), (two, ())):
+        with Run(tmp_path / "run", settings, Options(quiet=True), open=free):
+            pass
+    with pytest.raises(RequestError, match="general: 'b' -> 'c'"):
+        Run(tmp_path / "run", three, open=("share",)).__enter__()
+
+
 @pytest.mark.slow
 def test_it_can_be_killed_in_any_stage_and_skips_those_that_are_finished(tmp_path):
     make(tmp_path)
     recipe, process = small(tmp_path), child(tmp_path)
     out, whole = tmp_path / "run", tmp_path / "whole"
-    r1.train(recipe, out, Options(save_every=1, keep=1, log_every=1, quiet=True))
+    process.run(out)
     out.rename(whole)  # paths are settings: both runs have the same
     process.run(out, status=-9, point="half", save=5)
     assert resumable.newest(out / "01-zero") == 1
