@@ -193,7 +193,10 @@ def _one_line(error: BaseException) -> str:
 def facts() -> dict[str, Any]:
     """Date, device and versions."""
     device = jax.devices()[0]
-    named = ("deepzoo", "jax", "jaxlib", "jax-cuda13-plugin", "tokamax", "torch", "triton")
+    named = (
+        "deepzoo", "jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "tokamax", "torch",
+        "triton",
+    )  # fmt: skip
     versions = {"python": platform.python_version()}
     for name in named:
         try:
