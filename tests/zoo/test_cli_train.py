@@ -39,7 +39,9 @@ def test_list_names_every_file_and_what_it_does(capsys: pytest.CaptureFixture[st
     assert status == 0
     listed = dict(text.split(None, 1) for text in out.splitlines())
     assert sorted(listed) == RECIPES
-    told = "Pretraining of a V2 or V3 model: on arithmetic, or on texts with the papers' settings."
+    told = (
+        "Pretraining of a V2 or V3 model: on made texts, or on your own with the papers' settings."
+    )
     assert listed["pretrain"] == told
     assert run("recipes", capsys=capsys)[1] == out
 
