@@ -29,6 +29,7 @@ from deepzoo.zoo.types import Model
 
 TASKS = ("countdown", "countdown-4", "countdown-3-4", "countdown-unsolvable", "countdown-general")
 TOKENIZER = Tokenizer(tokenizer_files())
+MODEL = Model(pretrain.PRESETS["r1_nano"].config, {}, TOKENIZER)
 ASKED = "Make 24 from 4, 6, 9."
 
 
@@ -185,15 +186,20 @@ def test_every_search_is_right_complete_and_without_repeats(numbers):
         *lines, last = form[1].split("\n")
         assert len(set(lines)) == len(lines)
         for line in lines:
-            first, _, rest = line.partition(", ")
+            head, _, rest = line.partition(", ")
+            first, _, way = head.partition(" = ")
+            assert not way or value(way) == int(first)
             for part in rest.removesuffix(" yes").split("; "):
                 second, results = part.split(": ")
                 a, b = int(first), int(second)
-                wanted = [str(n) if n <= 99 else "over" for n in (a + b, abs(a - b), a * b)]
+                wanted = [str(a + b) if a + b <= 99 else "over", str(abs(a - b)), str(a * b)]
+                wanted = wanted[: 3 if a * b <= 99 else 2]
                 assert results.split() == wanted[: len(results.split())]
-                assert line.endswith(" yes") or len(results.split()) == 3
+                assert line.endswith(" yes") or results.split() == wanted
             assert line.endswith("yes") is (line is lines[-1] and form[2] != "none")
-        longest = max(longest, len(completion_ids(TOKENIZER, text)))
+        length = len(completion_ids(TOKENIZER, text)) - 1
+        assert countdown_traces.words(text) == length
+        longest = max(longest, length)
         if form[2] == "none":
             gave_up += 1
             assert target not in reachable(given)
@@ -206,7 +212,7 @@ def test_every_search_is_right_complete_and_without_repeats(numbers):
             total, sides = step.split(" = ")
             assert value(sides) == int(total)
     assert 20 < gave_up < 100
-    assert longest <= {3: 128, 4: LENGTH - 20}[numbers]
+    assert longest <= {3: 160, 4: 560}[numbers]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -216,6 +222,9 @@ def test_solutions_pass_their_own_verifier_and_problems_depend_on_the_seed_alone
     assert asked == held_out(found, 100) + batch(found.problems, 100, 1, 2)
     assert asked[100:] != batch(found.problems, 100, 1, 3)
     assert found.solution is not None
+    for problem in asked[100:]:
+        text = found.solution(problem)
+        assert len(encode(MODEL, problem.prompt).tokens) + countdown_traces.words(text) < LENGTH
     for problem in asked:
         text = found.solution(problem)
         assert set(found.judge(problem, text, True).values()) == {1.0}, problem
@@ -223,8 +232,9 @@ def test_solutions_pass_their_own_verifier_and_problems_depend_on_the_seed_alone
 
 
 def test_right_steps_are_counted():
-    assert countdown_traces.steps_right("4, 6: 10 2 24 yes\n10, 9: 18 1 90; 2: 12") == (6, 7)
-    assert countdown_traces.steps_right("4, 60: 64 56 over\n4 , 6: 1") == (3, 3)
+    text = "4, 6: 10 2 24 yes\n10 = 4 + 6, 9: 18 1 90; 2: 12"
+    assert countdown_traces.steps_right(text) == (6, 7)
+    assert countdown_traces.steps_right("40, 60: over 20\n4 , 6: 1") == (2, 2)
 
 
 def test_careless_searches_are_right_now_and_then():
@@ -288,9 +298,8 @@ def test_a_batch_is_a_pure_function_of_the_step_and_learns_what_follows_prompts(
     one, again, other = make(3), make(3), make(4)
     assert all((one[k] == again[k]).all() for k in one)
     assert (one["tokens"] != other["tokens"]).any()
-    model = Model(recipe.config, {}, TOKENIZER)
     found = re.findall("Make[^.]+[.]", TOKENIZER.decode(one["tokens"][0].tolist()))
-    start = len(encode(model, found[0]).tokens)
+    start = len(encode(MODEL, found[0]).tokens)
     first = one["segments"][0] == one["segments"][0][one["weights"][0] == 0][0]
     assert one["weights"][0][first].sum() in (first.sum() - start, first.sum() - 1)
     assert one["weights"].mean() > 0.5
