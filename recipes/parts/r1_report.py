@@ -61,7 +61,8 @@ class Stage(NamedTuple):
 
 def measured(recipe: Any) -> list[tuple[str, str]]:
     """(task, way of answering) of all evaluations of a model."""
-    return [(recipe.task, how) for how in SAMPLING] + [(task, "0.6") for task in recipe.beside]
+    first, *others = recipe.evaluated or (recipe.task,)
+    return [(first, how) for how in SAMPLING] + [(task, "0.6") for task in others]
 
 
 def evaluation(out: Path, name: str, task: str, how: str) -> Path:
@@ -93,44 +94,51 @@ def told(
     """The report, from what the stages have written so far."""
     found = accuracies(out, recipe, stages)
     titles = {s.name: s.title for s in stages}
-    main, ways = [(recipe.task, how) for how in SAMPLING], list(WAYS.values())
+    every, ways = measured(recipe), list(WAYS.values())
+    (task, _), others = every[0], every[len(ways) :]
     yield Heading("R1, stage by stage", 1)
     asked = f"{recipe.samples} answers of each" if recipe.samples > 1 else "one answer of each"
     yield Text(
         f"Every model answers the same {recipe.problems} held-out problems of the task"
-        f" {recipe.task}, with {asked}. Beside every share stands its 95% interval."
+        f" {task}, with {asked}. Beside every share stands its 95% interval."
     )
     yield Verbatim(command(recipe, presets))
     yield Heading("How often each model is right")
-    rows = [(titles[name], [shares.get(way) for way in main]) for name, shares in found.items()]
+    rows = [
+        (titles[name], [shares.get((task, how)) for how in WAYS]) for name, shares in found.items()
+    ]
     yield Picture("ladder.svg", ladder(rows, ways), "Shares of right answers, with intervals")
     yield Table(
         ["", *ways, "cut off", "tokens"],
         [
-            [title, *(str(share or "") for share in shares), *_cut(out, recipe, name)]
+            [
+                title,
+                *(str(share or "") for share in shares),
+                *_cut(evaluation(out, name, task, "0.6")),
+            ]
             for name, (title, shares) in zip(found, rows, strict=True)
         ],
     )
     yield Text("The last two columns are those of temperature 0.6.")
-    yield from _compared(recipe, found)
-    if recipe.beside:
+    yield from _compared(task, found)
+    if others:
         yield Heading("Other tasks")
         yield Text(f"At temperature 0.6, {recipe.problems} held-out problems of each.")
         yield Table(
-            ["", *recipe.beside],
+            ["", *(other for other, _ in others)],
             [
-                [titles[name], *(str(shares.get((task, "0.6"), "")) for task in recipe.beside)]
+                [titles[name], *(str(shares.get(other, "")) for other in others)]
                 for name, shares in found.items()
             ],
         )
     yield from _rl(out, stages)
     yield from _data(stages)
-    yield from _samples(out, recipe, found, titles)
+    yield from _samples(out, task, found, titles)
     yield from _times(out, stages)
 
 
-def _cut(out: Path, recipe: Any, name: str) -> list[str]:
-    report = _json(evaluation(out, name, recipe.task, "0.6") / "report.json")
+def _cut(path: Path) -> list[str]:
+    report = _json(path / "report.json")
     return [f"{report['truncated']:.1%}", f"{report['length']:.0f}"] if report else ["", ""]
 
 
@@ -146,10 +154,10 @@ _CLAIMS = (
 )
 
 
-def _compared(recipe: Any, found: Found) -> Iterator[Block]:
+def _compared(task: str, found: Found) -> Iterator[Block]:
     rows = []
     for claim, later, earlier in _CLAIMS:
-        one, other = (found.get(name, {}).get((recipe.task, "0.6")) for name in (later, earlier))
+        one, other = (found.get(name, {}).get((task, "0.6")) for name in (later, earlier))
         if one is not None and other is not None:
             apart = one.low > other.high or one.high < other.low
             points = f"{100 * (one.value - other.value):+.1f}"
@@ -195,12 +203,12 @@ def _data(stages: Sequence[Stage]) -> Iterator[Block]:
         )
 
 
-def _samples(out: Path, recipe: Any, found: Found, titles: Mapping[str, str]) -> Iterator[Block]:
+def _samples(out: Path, task: str, found: Found, titles: Mapping[str, str]) -> Iterator[Block]:
     """What each model answers to one problem: the first that some are right on and some wrong."""
     said = {}
     for name, shares in found.items():
-        if (recipe.task, "0.6") in shares:
-            every = answers.made(evaluation(out, name, recipe.task, "0.6"))
+        if (task, "0.6") in shares:
+            every = answers.made(evaluation(out, name, task, "0.6"))
             said[name] = {a.problem: a for a in reversed(list(every))}
     shared = set.intersection(*(set(some) for some in said.values())) if said else set()
     mixed = [p for p in sorted(shared) if len({some[p].right for some in said.values()}) > 1]

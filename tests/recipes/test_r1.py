@@ -89,7 +89,7 @@ def test_what_is_refused_before_anything_is_written(flags, told, tmp_path):
     "flags",
     [
         "",
-        "--base v2-nano --until rl-2 --zero.steps 3 --beside --share 0.5",
+        "--base v2-nano --until rl-2 --zero.steps 3 --evaluated --share 0.5",
         "--preset paper --zero.objective.beta 0.1 --rejection.code --rl-1.replay --seed 4",
         "--zero.scale batch_std --rejection.no-code --distilled mixture"
         " --cold-start.lora-targets attention dense_mlp",
@@ -166,7 +166,7 @@ def small(folder):
     return dataclasses.replace(
         nano, base=str(folder / "base"), task="jsonl",
         data=str(folder / "problems.jsonl"), general=str(folder / "cold.jsonl"), problems=4,
-        max_tokens=3, slots=8, beside=(), until="fine-tuning", zero=rl, rl_1=rl, cold_start=few,
+        max_tokens=3, slots=8, evaluated=(), until="fine-tuning", zero=rl, rl_1=rl, cold_start=few,
         fine_tuning=dataclasses.replace(few, data=""), rejection=rejection,
     )  # fmt: skip
 
@@ -194,7 +194,7 @@ def test_settings_of_stages_that_have_not_begun_may_change(tmp_path):
     for name in NAMES[:9]:
         (out / name).mkdir(parents=True)
     assert r1.still_open(plan(nano, out)) == {
-        "distillation", "distilled", "student_rl", "beside"
+        "distillation", "distilled", "student_rl", "evaluated"
     }  # fmt: skip
     (out / "04-rejection").rmdir()  # a later stage is there
     assert "rejection" not in r1.still_open(plan(nano, out))
