@@ -177,8 +177,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             tokens=recipe.rows * recipe.length,
             flops=flops_per_token(config, recipe.length, mtp=bool(recipe.mtp)),
         )  # fmt: skip
-        trained = whole(state) if recipe.mtp else with_mtp(whole(state), recipe.model)
-        path = run.product("model", lambda path: zoo.save_hf(trained, path))
+        complete = whole(state) if recipe.mtp else with_mtp(whole(state), recipe.model)
+        path = run.product("model", lambda path: zoo.save_hf(complete, path))
         if recipe.lora_rank:
             adapter = functools.partial(
                 lora.export, config, state.params, recipe.lora_alpha, base=recipe.model
