@@ -10,7 +10,7 @@ this folder with settings of its own, `--zero.steps 20` for example:
     00-base                 pretrain   unless --base names a model
     01-zero                 grpo       from the base, by rules alone: R1-Zero
     02-cold-start           sft        from the base, on readable solutions
-    03-rl-1                 grpo       with a reward for one language, readable
+    03-rl-1                 grpo       with a reward for readable language, too
     04-rejection            reject     what that model answers right, readable
     05-mixture                         and general data beside it
     06-fine-tuning          sft        from the base, on both
