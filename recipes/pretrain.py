@@ -202,7 +202,7 @@ _PAPER = Recipe(
     device=0.05, communication=0.02, problems=0, sample_every=0,
 )  # fmt: skip
 _COUNTDOWN = Recipe(
-    config=_R1, corpus="countdown", steps=900, length=512, balance=1e-4, bias_rate=0.003, mtp=0.3,
+    config=_R1, corpus="countdown", steps=1200, length=512, balance=1e-4, bias_rate=0.003, mtp=0.3,
 )  # fmt: skip
 PRESETS = {
     "nano": Recipe(config=_V2),  # zoo/pretrained/v2-nano
@@ -247,7 +247,7 @@ def countdown(tokenizer: Tokenizer, recipe: Recipe) -> Callable[[int], dict[str,
 
     def tokenize(text: countdown_corpus.Text) -> tuple[list[int], int]:
         if text.prompt:
-            return pair(model, text.messages, text.completion)
+            return pair(model, text.prompt, text.completion)
         return [*tokenizer.encode_prompt(text.completion), tokenizer.eos_ids[0]], 1
 
     def make(step: int) -> dict[str, np.ndarray]:

@@ -22,7 +22,6 @@ from deepzoo.recipes.parts.countdown import (
     problems,
     prompt,
     read,
-    said,
 )
 from deepzoo.recipes.parts.countdown_traces import concluded, ended, search
 from deepzoo.recipes.parts.rewards import THINK
@@ -30,27 +29,14 @@ from deepzoo.recipes.parts.rewards import THINK
 UNREADABLE, WHAT = "Cannot read this.", "What is "
 HAZARDS = (0.1, 0.5, 0.8, 0.9)  # chances to give up after a line; each of a quarter of the texts
 BARE = 0.3  # share of careless searches that end without tags
-FOUR = 0.4  # share of careless searches of four numbers
-AGAIN = 0.2  # share of requests that go on with a conversation
+FOUR = 0.25  # share of careless searches of four numbers
 
 
 class Text(NamedTuple):
-    """completion: what is learned. prompt: what the user says; empty for text without a chat.
-    earlier: turns of the same conversation, which are read, not learned."""
+    """completion: what is learned. prompt: what the user says; empty for text without a chat."""
 
     prompt: str
     completion: str
-    earlier: tuple["Text", ...] = ()
-
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        """The conversation up to the completion."""
-        turns = [
-            {"role": role, "content": content}
-            for turn in self.earlier
-            for role, content in (("user", turn.prompt), ("assistant", turn.completion))
-        ]
-        return [*turns, {"role": "user", "content": self.prompt}]
 
 
 def careless(*seed: int) -> Iterator[Text]:
@@ -63,9 +49,9 @@ def careless(*seed: int) -> Iterator[Text]:
         hazard = HAZARDS[int(rng.integers(len(HAZARDS)))]
         last = int(rng.geometric(hazard))
         order = rng.permutation(3).tolist()
-        thought, answer = concluded(list(itertools.islice(search(target, numbers, order), last)))
-        bare = "\n".join([THINK, *thought, f"So {answer}."])
-        yield Text(prompt(target, numbers), bare if rng.random() < BARE else ended(thought, answer))
+        thought, said = concluded(list(itertools.islice(search(target, numbers, order), last)))
+        bare = "\n".join([f"{THINK}", *thought, f"So {said}."])
+        yield Text(prompt(target, numbers), bare if rng.random() < BARE else ended(thought, said))
 
 
 def general(*seed: int, held: bool = False) -> Iterator[str]:
@@ -135,14 +121,5 @@ def corpus(*seed: int) -> Iterator[Text]:
     """What a base model is trained on: careless searches, other requests, equations."""
     rng = np.random.default_rng([*seed, 3])
     streams = [careless(*seed), (Text(q, reply(q)) for q in general(*seed)), plain(*seed)]
-    before: tuple[Text, ...] = ()
     while True:
-        text = next(streams[int(rng.choice(3, p=(0.8, 0.08, 0.12)))])
-        again = rng.random() < AGAIN
-        if text.prompt:
-            yield text._replace(earlier=before) if again else text
-            before = (*before, text)[-2:] if again else (text,)
-            if said(text.completion) is None:  # such a turn has no answer to keep
-                before = ()
-        else:
-            yield text
+        yield next(streams[int(rng.choice(3, p=(0.8, 0.08, 0.12)))])

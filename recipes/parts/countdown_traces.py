@@ -3,16 +3,14 @@
 A line of a search takes two values and writes down their sum, difference and product:
 
     4, 6: 10 2 24
-    10 = 4 + 6, 9: 19 1 90
-    2 = 6 - 4, 9: 11 7 18 yes
+    10, 9: 19 1 90
+    2, 9: 11 7 18 yes
     18 = 2 * 9, 2 = 6 - 4
 
 First two of the numbers (and the other two, of four), then each result with what is left over. The
 order is that of the problem, so that no line comes twice, and a complete search of three numbers is
 12 lines. Of four numbers, chains such as ((a + b) * c) - d are followed only where the last number
-fits. `over` stands for a sum that exceeds 99, such a product is left out; a result of 0, or one
-that was there, is not followed. Four numbers take up to 560 tokens; problems for training are those
-that take at most LONGEST.
+fits. `over` stands for what exceeds 99; a result of 0, or one that was there, is not followed.
 """
 
 import re
@@ -30,7 +28,6 @@ from deepzoo.recipes.parts.countdown import (
 from deepzoo.recipes.parts.rewards import ANSWER, ANSWER_END, THINK, THINK_END
 
 GIVE_UP = "Give up."
-LONGEST = 480  # tokens of a solution that is learned
 
 
 class Line(NamedTuple):
@@ -72,8 +69,7 @@ def _of_division(target: int, *sides: list[Node]) -> Iterator[Line]:
             line, results = _line(target, node, partners)
             yield line
             if len(sides[other]) == 2:
-                found = results[: 3 * len(_once(sides[other]))]
-                yield from _last(target, found, sides[other])
+                yield from _last(target, results[:6], sides[other])
 
 
 def _divided(numbers: Sequence[int]) -> list[tuple[list[Node], list[Node]]]:
@@ -87,38 +83,21 @@ def _divided(numbers: Sequence[int]) -> list[tuple[list[Node], list[Node]]]:
 
 def _line(target: int, node: Node, partners: Sequence[Node]) -> tuple[Line, list[Node]]:
     """`node` with each of the partners, and all results."""
-    text, results = f"{_made(node)},", []
-    for partner in _once(partners):
+    text, results = f"{node.value},", []
+    for partner in partners:
         text += f"{';' if results else ''} {partner.value}:"
         for made in combined(node, partner):
             results.append(made)
-            if made.value <= LIMIT:
-                text += f" {made.value}"
-            elif made.operator == "+":  # a product is left out: it stands last
-                text += " over"
+            text += f" {made.value}" if made.value <= LIMIT else " over"
             if made.value == target:
                 return Line(f"{text} yes", made), results
     return Line(text, None), results
 
 
-def _made(node: Node) -> str:
-    """`2 = 6 - 4`: a value and its last step, if it is not given."""
-    if node.left is None or node.right is None:
-        return str(node.value)
-    return f"{node.value} = {node.left.value} {node.operator} {node.right.value}"
-
-
-def _once(nodes: Sequence[Node]) -> list[Node]:
-    """The nodes, each value once."""
-    found: dict[int, Node] = {}
-    for node in nodes:
-        found.setdefault(node.value, node)
-    return list(found.values())
-
-
 def _followed(results: Sequence[Node]) -> list[Node]:
-    """Results that a search goes on with."""
-    return _once([n for n in results if 0 < n.value <= LIMIT])
+    """Results that a search goes on with, each value once."""
+    kept = {n.value: n for n in reversed(results) if 0 < n.value <= LIMIT}
+    return [n for n in results if kept.get(n.value) is n]
 
 
 def _last(target: int, results: Sequence[Node], others: Sequence[Node]) -> Iterator[Line]:
@@ -136,7 +115,7 @@ def conclusion(node: Node) -> str:
     while queue:
         this = queue.pop(0)
         if this.left is not None and this.right is not None:
-            steps.append(_made(this))
+            steps.append(f"{this.value} = {this.left.value} {this.operator} {this.right.value}")
             queue += [this.left, this.right]
     return ", ".join(steps)
 
@@ -161,13 +140,7 @@ def concluded(lines: Sequence[Line]) -> tuple[list[str], str]:
     return [*texts, conclusion(found)], formula(found)
 
 
-def words(text: str) -> int:
-    """Tokens of a text."""
-    return len(_WORDS.findall(text))
-
-
-_WORDS = re.compile(r"\n|</?\w+>|\w+|\S", re.ASCII)
-_LINE = re.compile(r"([0-9]+)(?: = [0-9]+ [-+*] [0-9]+)?, (.+?)(?: yes)?", re.ASCII)
+_LINE = re.compile(r"([0-9]+), (.+?)(?: yes)?", re.ASCII)
 _PART = re.compile(r"([0-9]+):((?: (?:[0-9]+|over)){1,3})", re.ASCII)
 
 
@@ -185,8 +158,7 @@ def steps_right(text: str) -> tuple[int, int]:
 
 
 _READABLE = re.compile(
-    r"[0-9]+(?: = [0-9]+ [-+*] [0-9]+)?, [0-9]+:(?: [0-9]+| over){1,3}"
-    r"(?:; [0-9]+:(?: [0-9]+| over){1,3}){0,4}(?: yes)?"
+    r"[0-9]+, [0-9]+:(?: [0-9]+| over){1,3}(?:; [0-9]+:(?: [0-9]+| over){1,3}){0,4}(?: yes)?"
     r"|[0-9]+ = [0-9]+ [-+*] [0-9]+(?:, [0-9]+ = [0-9]+ [-+*] [0-9]+){0,2}"
     rf"|{re.escape(GIVE_UP)}",
     re.ASCII,

@@ -143,8 +143,7 @@ def _countdown(sizes: tuple[int, ...], unsolvable: float | None) -> Task:
         found = [countdown.problems(*seed, numbers=n, **options) for n in sizes]
         for target, given in itertools.chain.from_iterable(zip(*found, strict=True)):
             asked = countdown.prompt(target, given)
-            if held or traces.words(traces.solution(asked)) <= traces.LONGEST:
-                yield Problem(asked, countdown.answer(target, given))
+            yield Problem(asked, countdown.answer(target, given))
 
     def judge(problem: Problem, text: str, finished: bool) -> Verdict:
         right = finished and countdown.is_right(problem.prompt, text)

@@ -29,7 +29,6 @@ from deepzoo.zoo.types import Model
 
 TASKS = ("countdown", "countdown-4", "countdown-3-4", "countdown-unsolvable", "countdown-general")
 TOKENIZER = Tokenizer(tokenizer_files())
-MODEL = Model(pretrain.PRESETS["r1_nano"].config, {}, TOKENIZER)
 ASKED = "Make 24 from 4, 6, 9."
 
 
@@ -186,20 +185,15 @@ def test_every_search_is_right_complete_and_without_repeats(numbers):
         *lines, last = form[1].split("\n")
         assert len(set(lines)) == len(lines)
         for line in lines:
-            head, _, rest = line.partition(", ")
-            first, _, way = head.partition(" = ")
-            assert not way or value(way) == int(first)
+            first, _, rest = line.partition(", ")
             for part in rest.removesuffix(" yes").split("; "):
                 second, results = part.split(": ")
                 a, b = int(first), int(second)
-                wanted = [str(a + b) if a + b <= 99 else "over", str(abs(a - b)), str(a * b)]
-                wanted = wanted[: 3 if a * b <= 99 else 2]
+                wanted = [str(n) if n <= 99 else "over" for n in (a + b, abs(a - b), a * b)]
                 assert results.split() == wanted[: len(results.split())]
-                assert line.endswith(" yes") or results.split() == wanted
+                assert line.endswith(" yes") or len(results.split()) == 3
             assert line.endswith("yes") is (line is lines[-1] and form[2] != "none")
-        length = len(completion_ids(TOKENIZER, text)) - 1
-        assert countdown_traces.words(text) == length
-        longest = max(longest, length)
+        longest = max(longest, len(completion_ids(TOKENIZER, text)))
         if form[2] == "none":
             gave_up += 1
             assert target not in reachable(given)
@@ -212,7 +206,7 @@ def test_every_search_is_right_complete_and_without_repeats(numbers):
             total, sides = step.split(" = ")
             assert value(sides) == int(total)
     assert 20 < gave_up < 100
-    assert longest <= {3: 160, 4: 560}[numbers]
+    assert longest <= {3: 128, 4: LENGTH - 20}[numbers]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -222,9 +216,6 @@ def test_solutions_pass_their_own_verifier_and_problems_depend_on_the_seed_alone
     assert asked == held_out(found, 100) + batch(found.problems, 100, 1, 2)
     assert asked[100:] != batch(found.problems, 100, 1, 3)
     assert found.solution is not None
-    for problem in asked[100:]:
-        text = found.solution(problem)
-        assert len(encode(MODEL, problem.prompt).tokens) + countdown_traces.words(text) < LENGTH
     for problem in asked:
         text = found.solution(problem)
         assert set(found.judge(problem, text, True).values()) == {1.0}, problem
@@ -232,9 +223,8 @@ def test_solutions_pass_their_own_verifier_and_problems_depend_on_the_seed_alone
 
 
 def test_right_steps_are_counted():
-    text = "4, 6: 10 2 24 yes\n10 = 4 + 6, 9: 18 1 90; 2: 12"
-    assert countdown_traces.steps_right(text) == (6, 7)
-    assert countdown_traces.steps_right("40, 60: over 20\n4 , 6: 1") == (2, 2)
+    assert countdown_traces.steps_right("4, 6: 10 2 24 yes\n10, 9: 18 1 90; 2: 12") == (6, 7)
+    assert countdown_traces.steps_right("4, 60: 64 56 over\n4 , 6: 1") == (3, 3)
 
 
 def test_careless_searches_are_right_now_and_then():
@@ -242,18 +232,6 @@ def test_careless_searches_are_right_now_and_then():
     assert texts == list(itertools.islice(countdown_corpus.careless(0), 2000))
     right = [countdown.is_right(t.prompt, t.completion) for t in texts if t.prompt.count(",") == 2]
     assert 0.2 < sum(right) / len(right) < 0.4
-
-
-def test_conversations_go_on_after_answers_alone():
-    texts = [t for t in itertools.islice(countdown_corpus.corpus(0), 3000) if t.prompt]
-    turns = Counter(len(t.earlier) for t in texts)
-    assert set(turns) == {0, 1, 2}
-    assert 0.1 < (turns[1] + turns[2]) / len(texts) < 0.2
-    assert not any(turn.earlier for t in texts for turn in t.earlier)
-    for text in texts:
-        rendered = render(text.messages, "r1")
-        assert rendered.count("<answer>") == len(text.earlier)
-        assert rendered.count("<think>") == 1
 
 
 def test_the_tokenizer_gives_texts_back_and_has_a_token_for_each_word():
@@ -298,8 +276,9 @@ def test_a_batch_is_a_pure_function_of_the_step_and_learns_what_follows_prompts(
     one, again, other = make(3), make(3), make(4)
     assert all((one[k] == again[k]).all() for k in one)
     assert (one["tokens"] != other["tokens"]).any()
+    model = Model(recipe.config, {}, TOKENIZER)
     found = re.findall("Make[^.]+[.]", TOKENIZER.decode(one["tokens"][0].tolist()))
-    start = len(encode(MODEL, found[0]).tokens)
+    start = len(encode(model, found[0]).tokens)
     first = one["segments"][0] == one["segments"][0][one["weights"][0] == 0][0]
     assert one["weights"][0][first].sum() in (first.sum() - start, first.sum() - 1)
     assert one["weights"].mean() > 0.5
