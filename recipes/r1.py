@@ -116,7 +116,7 @@ class Recipe:
     """Held-out problems that every model answers; so many of each task."""
     samples: int = 1
     """Answers of each, but for greedy ones."""
-    max_tokens: int = 384
+    max_tokens: int = 480
     """Longest answer that is evaluated."""
     slots: int = 128
     """Answers that are written together in evaluations."""
@@ -133,14 +133,12 @@ def _open(settings: Any, **changes: Any) -> Any:
 
 
 _RL = _open(
-    grpo.PRESETS["nano"], steps=20, prompts=16, answers=8, max_tokens=256, scale="none",
-    objective=Objective(clip_high=0.28, norm="token"), rate=2e-4, beta2=0.99, decay=0.5,
+    grpo.PRESETS["nano"], steps=20, prompts=16, answers=8, max_tokens=256, prompt_tokens=24,
+    scale="none", objective=Objective(clip_high=0.28, norm="token"), rate=2e-4, beta2=0.99, decay=0.5,
     format=0.2, slots=128, held_out=100, evaluate_every=0,
 )  # fmt: skip
-_RL_MORE = dataclasses.replace(_RL, language=0.2, steps=15)
-_SFT = _open(
-    sft.PRESETS["nano"], samples=1500, epochs=2, length=512, rate=1e-3, mtp=0.1, held_out=0
-)
+_RL_MORE = dataclasses.replace(_RL, language=0.2, steps=15, max_tokens=384)
+_SFT = _open(sft.PRESETS["nano"], samples=8000, epochs=2, length=512, rate=1e-3, held_out=0)
 _ZERO = _open(grpo.PRESETS["r1_zero"])
 PRESETS = {
     "nano": Recipe(
@@ -150,14 +148,14 @@ PRESETS = {
         cold_start=_SFT,
         rl_1=_RL_MORE,
         rejection=_open(
-            reject.PRESETS["nano"], prompts=1500, answers=2, max_tokens=384, per_problem=1,
-            form=True, repeated=0.0, at_once=32, slots=128,
+            reject.PRESETS["nano"], prompts=5000, answers=2, max_tokens=480, per_problem=1,
+            form=True, repeated=0.0, at_once=64, slots=128,
         ),
-        fine_tuning=_SFT,
+        fine_tuning=dataclasses.replace(_SFT, mtp=0.1),
         rl_2=_RL_MORE,
         student_base=pretrain.PRESETS["student_nano"],
         distillation=_open(
-            distill.PRESETS["nano"], problems=3000, max_tokens=384, epochs=3, length=512,
+            distill.PRESETS["nano"], problems=5000, max_tokens=480, epochs=3, length=512,
             rate=2e-3, slots=128, held_out=0,
         ),
         student_rl=_RL,
