@@ -134,8 +134,8 @@ def _open(settings: Any, **changes: Any) -> Any:
 
 _RL = _open(
     grpo.PRESETS["nano"], steps=20, prompts=16, answers=8, max_tokens=256, prompt_tokens=24,
-    scale="none", objective=Objective(clip_high=0.28, norm="token"), rate=2e-4, beta2=0.99, decay=0.5,
-    format=0.2, slots=128, held_out=100, evaluate_every=0,
+    scale="none", objective=Objective(clip_high=0.28, norm="token"), rate=2e-4, beta2=0.99,
+    decay=0.5, format=0.2, slots=128, held_out=100, evaluate_every=0,
 )  # fmt: skip
 _RL_MORE = dataclasses.replace(_RL, language=0.2, steps=15, max_tokens=384)
 _SFT = _open(sft.PRESETS["nano"], samples=8000, epochs=2, length=512, rate=1e-3, held_out=0)
