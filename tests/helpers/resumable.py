@@ -2,7 +2,7 @@
 
     CASE = Resumable(
         source='''
-            from deepzoo.recipes import pretrain
+            pretrain = copied("pretrain")
             recipe = dataclasses.replace(pretrain.PRESETS["nano"], config=..., steps=9, rows=2)
             train = pretrain.train
         ''',
@@ -12,9 +12,10 @@
         check(CASE, tmp_path)
 
 `source` runs in a child process and defines `recipe`, the settings, and `train(recipe, out,
-options)`. A run of it should take a second or two, and `recipe.steps` be at least 6. `check` makes
-one uninterrupted run and one that is ended by each of `ends` in turn, and compares: every leaf of
-the last checkpoint, every row of metrics.jsonl but its times, every other file that was written.
+options)`; `copied(name)` is a recipe of this project as one who forks it has it: a copied file. A
+run of it should take a second or two, and `recipe.steps` be at least 6. `check` makes one
+uninterrupted run and one that is ended by each of `ends` in turn, and compares: every leaf of the
+last checkpoint, every row of metrics.jsonl but its times, every other file that was written.
 """
 
 import dataclasses
@@ -39,16 +40,26 @@ from deepzoo.recipes.parts.log import METRICS, TIMES, read_metrics
 SAVE_POINTS = ("before", "half", "written", "visible", "deleting")
 
 _DRIVER = """
-import dataclasses, json, os, re, shutil, signal, sys, threading, time
+import dataclasses, importlib.util, json, os, re, shutil, signal, sys, threading, time
 from pathlib import Path
 from deepzoo.recipes.parts import checkpoint
 from deepzoo.recipes.parts.log import Log
 from deepzoo.recipes.parts.run import Options
 from deepzoo.zoo import trees
+from deepzoo.zoo.cli import recipes
 from deepzoo.zoo.errors import DeepzooError
 
 out, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
 saves = 0
+
+
+def copied(name):
+    path = out.parent / f"my_{name}.py"
+    path.write_bytes(recipes.path(name).read_bytes())
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def send(number):

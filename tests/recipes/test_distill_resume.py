@@ -6,7 +6,7 @@ from resumable import Resumable, check
 
 CASE = Resumable(
     source="""
-        from deepzoo.recipes import distill
+        distill = copied("distill")
         recipe = dataclasses.replace(
             distill.PRESETS["nano"], mode="logits", problems=4, max_tokens=48, hidden=16, layers=1,
             heads=2, rows=2, length=96, steps=6, held_out=0, slots=4,

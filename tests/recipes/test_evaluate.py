@@ -19,7 +19,7 @@ from deepzoo.zoo.errors import RequestError
 
 CASE = Resumable(
     source="""
-    from deepzoo.recipes import evaluate
+    evaluate = copied("evaluate")
     recipe = dataclasses.replace(
         evaluate.PRESETS["nano"], problems=6, at_once=1, samples=3, passes=(1, 3), majorities=(3,),
         max_tokens=24, slots=3,

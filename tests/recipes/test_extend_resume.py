@@ -13,7 +13,8 @@ CASE = Resumable(
     source="""
         import jax
         from deepzoo import zoo
-        from deepzoo.recipes import extend, pretrain
+        from deepzoo.recipes import pretrain
+        extend = copied("extend")
         from deepzoo.recipes.parts import tasks
         from deepzoo.zoo.tokenizer import Tokenizer
         from deepzoo.zoo.types import Model

@@ -5,7 +5,7 @@ from resumable import Resumable, check
 
 CASE = Resumable(
     source="""
-    from deepzoo.recipes import grpo
+    grpo = copied("grpo")
     from deepzoo.recipes.parts.policy import Objective
     recipe = dataclasses.replace(
         grpo.PRESETS["nano"], task="arithmetic", steps=6, prompts=2, answers=4, minibatches=2,

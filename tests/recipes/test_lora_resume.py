@@ -6,7 +6,7 @@ from resumable import Resumable, check
 
 CASE = Resumable(
     source="""
-        from deepzoo.recipes import sft
+        sft = copied("sft")
         recipe = dataclasses.replace(
             sft.PRESETS["nano"], lora_rank=2, samples=24, epochs=1, rows=2, length=128, held_out=0,
             overlong="cut",

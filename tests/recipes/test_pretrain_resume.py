@@ -6,7 +6,7 @@ from resumable import Resumable, check
 
 CASE = Resumable(
     source="""
-        from deepzoo.recipes import pretrain
+        pretrain = copied("pretrain")
         config = dataclasses.replace(
             pretrain.PRESETS["v3_nano"].config, hidden_size=16, intermediate_size=16,
             num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, q_lora_rank=8,

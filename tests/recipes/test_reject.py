@@ -16,7 +16,7 @@ from deepzoo.zoo.errors import RequestError
 
 CASE = Resumable(
     source="""
-    from deepzoo.recipes import reject
+    reject = copied("reject")
     recipe = dataclasses.replace(
         reject.PRESETS["nano"], task="arithmetic", prompts=6, at_once=1, answers=3, max_tokens=24,
         slots=3,

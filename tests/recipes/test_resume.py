@@ -8,6 +8,8 @@ import faults
 import pytest
 from resumable import SAVE_POINTS, Resumable, check, compare, newest, rows
 
+from deepzoo.zoo.cli import recipes
+
 # A recipe without a model: least squares with noise from the key, router biases, a product.
 SOURCE = """
 import jax, jax.numpy as jnp, numpy as np, optax
@@ -108,3 +110,10 @@ def test_more_steps_go_on_and_replace_what_was_made(tmp_path: Path):
     assert held == [row for row in rows(other) if row["step"] != 10]
     settings = json.loads((out / "recipe.json").read_text())
     assert settings["settings"]["steps"] == 10  # as it was begun
+
+
+def test_every_recipe_is_copied_ended_and_gone_on_with():
+    names = {p.stem for p in recipes.path("sft").parent.glob("*.py")} - {"__init__"}
+    tests = "".join(p.read_text() for p in Path(__file__).parent.glob("test_*.py"))
+    assert "sft" in names
+    assert [n for n in sorted(names) if f'copied("{n}")' not in tests] == []
