@@ -43,7 +43,8 @@ class Clock:
 
         def now_and_then() -> None:
             while not ended.wait(self._every):
-                write()
+                with contextlib.suppress(OSError):  # such as a full disk: the last write tells it
+                    write()
 
         write()
         thread = threading.Thread(target=now_and_then, daemon=True)

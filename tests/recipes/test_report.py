@@ -104,3 +104,16 @@ def test_times_add_up_over_starts(tmp_path):
     assert found["a"]["wall"] > first.parts["a"]["wall"]
     assert found["a"]["cpu"] < found["a"]["wall"] + 1
     assert clock.read(tmp_path / "none.json") == {}
+
+
+def test_a_clock_that_cannot_write_in_between_counts_on(tmp_path):
+    there, away = tmp_path / "there", tmp_path / "away"
+    there.mkdir()
+    times = Clock(there / "times.json", every=0.01)
+    with times.part("one"):
+        there.rename(away)
+        time.sleep(0.1)
+        away.rename(there)
+    assert clock.read(there / "times.json")["parts"]["one"]["wall"] >= 0.1
+    with pytest.raises(OSError), times.part("two"):
+        there.rename(away)
