@@ -1,12 +1,16 @@
 """Accepted answers with general data beside them: what R1's second fine-tuning learns.
 
 Paper: DeepSeek-R1 (arXiv 2501.12948, 2.3.3): 600K samples of reasoning and 200K of anything else.
+Here some records may also follow others in one conversation, so that a model whose data know single
+questions only learns to answer a second one.
 """
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from deepzoo.recipes.parts import problems as tasks
 from deepzoo.recipes.parts.records import read
@@ -25,8 +29,10 @@ class Mixture:
     empty for nothing."""
     share: float
     """Of all records that is general, from 0 to below 1; a file gives what it has."""
+    turns: float = 0.0
+    """Share of records that follow one or two others, drawn from all, in one conversation."""
     seed: int = 0
-    """Of the general problems."""
+    """Of the general problems and of the conversations."""
 
 
 def mix(recipe: Mixture, out: Path, options: Options | None = None) -> dict[str, int]:
@@ -42,7 +48,10 @@ def mix(recipe: Mixture, out: Path, options: Options | None = None) -> dict[str,
         general = list(_general(recipe, wanted)) if recipe.general else []
 
         def write(path: Path) -> None:
-            lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in accepted + general)
+            records = accepted + general
+            if recipe.turns:
+                records = list(conversations(records, recipe.turns, recipe.seed))
+            lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in records)
             path.write_text("".join(lines), encoding="utf-8")
 
         run.product("data.jsonl", write)
@@ -50,6 +59,27 @@ def mix(recipe: Mixture, out: Path, options: Options | None = None) -> dict[str,
         text = json.dumps(report, indent=1) + "\n"
         run.product("report.json", lambda path: path.write_text(text, encoding="utf-8"))
     return report
+
+
+def conversations(records: Sequence[dict[str, str]], share: float, seed: int) -> Iterator[dict]:
+    """{"messages"} of {"prompt", "completion"}: of a conversation the last completion is learned.
+
+    Args:
+        records: every one comes once as the last turn, in this order.
+        share: of them that have one or two others before them.
+        seed: of the draws.
+    """
+    rng = np.random.default_rng([seed, 5])
+    for record in records:
+        before = int(rng.integers(1, 3)) if rng.random() < share else 0
+        turns = [*(records[int(i)] for i in rng.integers(len(records), size=before)), record]
+        yield {
+            "messages": [
+                {"role": role, "content": turn[field]}
+                for turn in turns
+                for role, field in (("user", "prompt"), ("assistant", "completion"))
+            ]
+        }
 
 
 def _general(recipe: Mixture, wanted: int) -> Iterator[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from deepzoo.recipes.parts import tasks
@@ -44,6 +45,24 @@ def test_a_file_gives_what_it_has(tmp_path):
 def test_none(tmp_path):
     recipe = Mixture(accepted=accepted(tmp_path / "a.jsonl"), general="", share=0.25)
     assert mix(recipe, tmp_path / "out", QUIET) == {"accepted": 30, "general": 0}
+
+
+def test_some_records_follow_others(tmp_path):
+    recipe = Mixture(
+        accepted=accepted(tmp_path / "a.jsonl", 400), general="", share=0.25, turns=0.5
+    )
+    mix(recipe, tmp_path / "out", QUIET)
+    found = read(tmp_path / "out" / "data.jsonl")
+    lengths = [len(r["messages"]) for r in found]
+    assert set(lengths) == {2, 4, 6}
+    assert 0.4 < np.mean(np.array(lengths) > 2) < 0.6
+    for i, record in enumerate(found):  # each is learned once, and earlier turns are whole
+        asked, answered = record["messages"][::2], record["messages"][1::2]
+        assert asked[-1] == {"role": "user", "content": f"q{i}"}
+        assert answered[-1] == {"role": "assistant", "content": f"a{i}"}
+        assert [a["content"][1:] for a in asked] == [a["content"][1:] for a in answered]
+    mix(recipe, tmp_path / "again", QUIET)
+    assert list(read(tmp_path / "again" / "data.jsonl")) == list(found)
 
 
 def test_a_task_that_needs_data_is_refused(tmp_path):
