@@ -27,6 +27,8 @@ COMMANDS = {
     "evaluate": "Measure how often a model is right.",
     "plot": "Draw the curves of runs.",
     "bench": "Measure speed on this machine.",
+    "seeds": "Show or check what is claimed of V2 and R1.",
+    "doctor": "Check this machine: what works, what does not, what to do.",
 }
 
 TRACEBACK = "DEEPZOO_TRACEBACK"  # set to 1: errors print where they come from, too
@@ -35,8 +37,8 @@ TRACEBACK = "DEEPZOO_TRACEBACK"  # set to 1: errors print where they come from, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status.
 
-    0 success, 2 a mistake of the user (one line on stderr), 1 a mistake of the program, 130 Ctrl-C,
-    141 the reader of stdout went away.
+    0 success, 2 a mistake of the user (one line on stderr), 1 a mistake of the program or a check
+    that failed, 130 Ctrl-C, 141 the reader of stdout went away.
     """
     _spell_what_the_terminal_cannot()
     return guarded(lambda: _dispatch(list(sys.argv[1:] if argv is None else argv)))
