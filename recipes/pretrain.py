@@ -178,12 +178,15 @@ _V3 = dataclasses.replace(
     topk_method="noaux_tc",
     scoring_func="sigmoid", norm_topk_prob=True, num_nextn_predict_layers=1,
 )  # fmt: skip
-_R1 = dataclasses.replace(_V3, vocab_size=countdown_tokenizer.VOCABULARY)
+_R1 = dataclasses.replace(
+    _V3, vocab_size=countdown_tokenizer.VOCABULARY,
+    max_position_embeddings=countdown_tokenizer.LENGTH,
+)  # fmt: skip
 _STUDENT = Config(
     model_type="qwen2", vocab_size=countdown_tokenizer.VOCABULARY, hidden_size=128,
     intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=512, initializer_range=0.05, bos_token_id=1, eos_token_id=2,
-    dtype="float32",
+    max_position_embeddings=countdown_tokenizer.LENGTH, initializer_range=0.05, bos_token_id=1,
+    eos_token_id=2, dtype="float32",
 )  # fmt: skip
 
 

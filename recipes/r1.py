@@ -31,9 +31,7 @@ Deviations:
   for answers that rules cannot check, are not public;
 * the cold start's traces are written by the task, not sampled from R1-Zero and edited by people;
 * nano: one kind of problems, Countdown, in all stages; for the consistency of language stands the
-  share of readable lines; the general data are sums, and requests that cannot be read; the student
-  learns answers of R1 to new problems, where the paper's learned the data of 05-mixture
-  (--distilled mixture). As a whole it was run only with fewer steps and problems.
+  share of readable lines; the general data are sums, and requests that cannot be read.
 """
 
 import contextlib
@@ -86,9 +84,11 @@ class Recipe:
     of prompts with completions; empty for nothing."""
     share: float = 0.25
     """Of the mixture that is general; 200K of 800K samples in the paper."""
-    distilled: Literal["answers", "mixture"] = "answers"
-    """What the student learns: R1's right answers to new problems, or the data of the second
-    fine-tuning, as in the paper."""
+    turns: float = 0.0
+    """Of the mixture that follows other records in one conversation."""
+    distilled: Literal["answers", "mixture"] = "mixture"
+    """What the student learns: the data of the second fine-tuning, as in the paper, or R1's right
+    answers to new problems."""
     pretraining: pretrain.Recipe
     """Of the base."""
     zero: grpo.Recipe
@@ -116,7 +116,7 @@ class Recipe:
     """Held-out problems that every model answers; so many of each task."""
     samples: int = 1
     """Answers of each, but for greedy ones."""
-    max_tokens: int = 480
+    max_tokens: int = 552
     """Longest answer that is evaluated."""
     slots: int = 128
     """Answers that are written together in evaluations."""
@@ -137,32 +137,32 @@ _RL = _open(
     scale="none", objective=Objective(clip_high=0.28, norm="token"), rate=2e-4, beta2=0.99,
     decay=0.5, format=0.2, slots=128, held_out=100, evaluate_every=0,
 )  # fmt: skip
-_RL_MORE = dataclasses.replace(_RL, language=0.2, steps=15, max_tokens=384)
-_SFT = _open(sft.PRESETS["nano"], samples=8000, epochs=2, length=512, rate=1e-3, held_out=0)
+_RL_MORE = dataclasses.replace(_RL, language=0.2, steps=25, max_tokens=552)
+_SFT = _open(sft.PRESETS["nano"], samples=12000, epochs=2, length=576, rate=1e-3, held_out=0)
 _ZERO = _open(grpo.PRESETS["r1_zero"])
 PRESETS = {
     "nano": Recipe(
-        evaluated=("countdown", "countdown-4", "countdown-unsolvable"),
+        evaluated=("countdown", "countdown-4", "countdown-unsolvable"), turns=0.2,
         pretraining=pretrain.PRESETS["r1_nano"],
         zero=dataclasses.replace(_RL, steps=40),
         cold_start=_SFT,
         rl_1=_RL_MORE,
         rejection=_open(
-            reject.PRESETS["nano"], prompts=5000, answers=2, max_tokens=480, per_problem=1,
+            reject.PRESETS["nano"], prompts=8000, answers=2, max_tokens=552, per_problem=1,
             form=True, repeated=0.0, at_once=64, slots=128,
         ),
-        fine_tuning=dataclasses.replace(_SFT, mtp=0.1),
+        fine_tuning=dataclasses.replace(_SFT, epochs=3, mtp=0.1),
         rl_2=_RL_MORE,
         student_base=pretrain.PRESETS["student_nano"],
         distillation=_open(
-            distill.PRESETS["nano"], problems=5000, max_tokens=480, epochs=3, length=512,
+            distill.PRESETS["nano"], problems=5000, max_tokens=552, epochs=4, length=576,
             rate=2e-3, slots=128, held_out=0,
         ),
         student_rl=_RL,
     ),
     "paper": Recipe(
         base="deepseek-v3-base", student="Qwen2.5-32B", task="jsonl", data="problems.jsonl",
-        general="general.jsonl", distilled="mixture", samples=4, max_tokens=32768, slots=512,
+        general="general.jsonl", samples=4, max_tokens=32768, slots=512,
         pretraining=pretrain.PRESETS["v3"],
         zero=_ZERO,
         cold_start=dataclasses.replace(sft.PRESETS["r1_cold_start"], model="", data="cold.jsonl"),
@@ -250,7 +250,9 @@ def plan(recipe: Recipe, out: Path) -> list[Stage]:
     settings = filled("rejection", model=model, **problems)
     kept = add("rejection", "What Dev2 answers right", reject.train, settings, "data.jsonl")
     seed = recipe.seed + len(stages)
-    settings = Mixture(accepted=kept, general=recipe.general, share=recipe.share, seed=seed)
+    settings = Mixture(
+        accepted=kept, general=recipe.general, share=recipe.share, turns=recipe.turns, seed=seed
+    )  # fmt: skip
     mixed = add("mixture", "General data beside it", mix, settings, "data.jsonl")
     settings = filled("fine_tuning", model=base, data=mixed, **written)
     model = add("fine-tuning", "Dev3: base, fine-tuned", sft.train, settings)
@@ -270,7 +272,7 @@ def plan(recipe: Recipe, out: Path) -> list[Stage]:
 
 # Fields of the recipe that a stage is the first to depend on, where it is not its name alone.
 _FIELDS = {
-    "base": ("base", "pretraining"), "mixture": ("general", "share"),
+    "base": ("base", "pretraining"), "mixture": ("general", "share", "turns"),
     "student-base": ("student", "student_base"), "distillation": ("distillation", "distilled"),
 }  # fmt: skip
 

@@ -49,7 +49,8 @@ def careless(*seed: int) -> Iterator[Text]:
         hazard = HAZARDS[int(rng.integers(len(HAZARDS)))]
         last = int(rng.geometric(hazard))
         order = rng.permutation(3).tolist()
-        thought, said = concluded(list(itertools.islice(search(target, numbers, order), last)))
+        lines = list(itertools.islice(search(target, numbers, order, named=False), last))
+        thought, said = concluded(lines)
         bare = "\n".join([f"{THINK}", *thought, f"So {said}."])
         yield Text(prompt(target, numbers), bare if rng.random() < BARE else ended(thought, said))
 

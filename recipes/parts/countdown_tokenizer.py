@@ -16,7 +16,7 @@ CONTROL = (PAD, BOS, EOS.text, USER.text, ASSISTANT.text, THINK, THINK_END)
 MARKS = ("\n", ",", ".", ":", ";", "?", "+", "-", "*", "=", "(", ")", ANSWER, ANSWER_END)
 WORDS = ("Make", "from", "What", "is", "yes", "over", "Give", "up", "So", "Cannot", "read", "this")
 VOCABULARY = 136  # rows of the embedding: a multiple of 8
-LENGTH = 512  # tokens of the longest text
+LENGTH = 576  # tokens of the longest text, a complete search of four numbers, and more
 
 # Nothing of it is executed here: its hash names the chat format, see deepzoo/zoo/prompt.py.
 TEMPLATE = (

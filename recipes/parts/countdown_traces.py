@@ -3,14 +3,17 @@
 A line of a search takes two values and writes down their sum, difference and product:
 
     4, 6: 10 2 24
-    10, 9: 19 1 90
-    2, 9: 11 7 18 yes
-    18 = 2 * 9, 2 = 6 - 4
+    10 = 4 + 6, 9: 19 1 90
+    2 = 6 - 4, 9: 11 7 18 yes
+    18 = (6 - 4) * 9
 
 First two of the numbers (and the other two, of four), then each result with what is left over. The
 order is that of the problem, so that no line comes twice, and a complete search of three numbers is
 12 lines. Of four numbers, chains such as ((a + b) * c) - d are followed only where the last number
 fits. `over` stands for what exceeds 99; a result of 0, or one that was there, is not followed.
+
+Careless searches, which a base model learns, leave out where a value comes from (`2, 9: 11 7 18`).
+A small model that has to look it up in the end often takes another of the same value.
 """
 
 import re
@@ -37,22 +40,30 @@ class Line(NamedTuple):
     found: Node | None
 
 
-def search(target: int, numbers: Sequence[int], order: Sequence[int] = (0, 1, 2)) -> Iterator[Line]:
+def search(
+    target: int, numbers: Sequence[int], order: Sequence[int] = (0, 1, 2), *, named: bool = True
+) -> Iterator[Line]:
     """The lines of a search, until the target is found.
 
     Args:
         target: what is to be made.
         numbers: three or four.
         order: of the three ways to divide the numbers into pairs, or into a pair and one.
+        named: whether lines say where their first value comes from.
     """
     written = set()
     for first, rest in (_divided(numbers)[i] for i in order):
         for line in _of_division(target, first, rest):
-            if line.text not in written:
-                yield line
-            written.add(line.text)
+            text = line.text if named else _ORIGIN.sub("", line.text, 1)
+            if text not in written:
+                yield line._replace(text=text)
+            written.add(text)
             if line.found is not None:
                 return
+
+
+_FROM = r"(?: = \(*[0-9]+\)*(?: [-+*] \(*[0-9]+\)*)+)"  # where a value comes from
+_ORIGIN = re.compile(_FROM, re.ASCII)
 
 
 def _of_division(target: int, *sides: list[Node]) -> Iterator[Line]:
@@ -69,7 +80,8 @@ def _of_division(target: int, *sides: list[Node]) -> Iterator[Line]:
             line, results = _line(target, node, partners)
             yield line
             if len(sides[other]) == 2:
-                yield from _last(target, results[:6], sides[other])
+                found = results[: 3 * len(_once(sides[other]))]
+                yield from _last(target, found, sides[other])
 
 
 def _divided(numbers: Sequence[int]) -> list[tuple[list[Node], list[Node]]]:
@@ -83,8 +95,8 @@ def _divided(numbers: Sequence[int]) -> list[tuple[list[Node], list[Node]]]:
 
 def _line(target: int, node: Node, partners: Sequence[Node]) -> tuple[Line, list[Node]]:
     """`node` with each of the partners, and all results."""
-    text, results = f"{node.value},", []
-    for partner in partners:
+    text, results = f"{_made(node)},", []
+    for partner in _once(partners):
         text += f"{';' if results else ''} {partner.value}:"
         for made in combined(node, partner):
             results.append(made)
@@ -96,8 +108,20 @@ def _line(target: int, node: Node, partners: Sequence[Node]) -> tuple[Line, list
 
 def _followed(results: Sequence[Node]) -> list[Node]:
     """Results that a search goes on with, each value once."""
-    kept = {n.value: n for n in reversed(results) if 0 < n.value <= LIMIT}
-    return [n for n in results if kept.get(n.value) is n]
+    return _once([n for n in results if 0 < n.value <= LIMIT])
+
+
+def _once(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes, each value once."""
+    found: dict[int, Node] = {}
+    for node in nodes:
+        found.setdefault(node.value, node)
+    return list(found.values())
+
+
+def _made(node: Node) -> str:
+    """`18 = (6 - 4) * 9`: a value and where it comes from, if it is not given."""
+    return f"{node.value} = {formula(node)}" if node.operator else str(node.value)
 
 
 def _last(target: int, results: Sequence[Node], others: Sequence[Node]) -> Iterator[Line]:
@@ -107,17 +131,6 @@ def _last(target: int, results: Sequence[Node], others: Sequence[Node]) -> Itera
         left = others[1 - index // 3]
         if 0 < node.value <= LIMIT and target in [n.value for n in combined(node, left)]:
             yield _line(target, node, [left])[0]
-
-
-def conclusion(node: Node) -> str:
-    """`18 = 2 * 9, 2 = 6 - 4`: how a value is made, from the last step back to the first."""
-    steps, queue = [], [node]
-    while queue:
-        this = queue.pop(0)
-        if this.left is not None and this.right is not None:
-            steps.append(f"{this.value} = {this.left.value} {this.operator} {this.right.value}")
-            queue += [this.left, this.right]
-    return ", ".join(steps)
 
 
 def ended(lines: Sequence[str], said: str) -> str:
@@ -137,10 +150,10 @@ def concluded(lines: Sequence[Line]) -> tuple[list[str], str]:
     texts, found = [line.text for line in lines], lines[-1].found
     if found is None:
         return [*texts, GIVE_UP], NONE
-    return [*texts, conclusion(found)], formula(found)
+    return [*texts, _made(found)], formula(found)
 
 
-_LINE = re.compile(r"([0-9]+), (.+?)(?: yes)?", re.ASCII)
+_LINE = re.compile(rf"([0-9]+){_FROM}?, (.+?)(?: yes)?", re.ASCII)
 _PART = re.compile(r"([0-9]+):((?: (?:[0-9]+|over)){1,3})", re.ASCII)
 
 
@@ -158,8 +171,9 @@ def steps_right(text: str) -> tuple[int, int]:
 
 
 _READABLE = re.compile(
-    r"[0-9]+, [0-9]+:(?: [0-9]+| over){1,3}(?:; [0-9]+:(?: [0-9]+| over){1,3}){0,4}(?: yes)?"
-    r"|[0-9]+ = [0-9]+ [-+*] [0-9]+(?:, [0-9]+ = [0-9]+ [-+*] [0-9]+){0,2}"
+    rf"[0-9]+{_FROM}?, [0-9]+:(?: [0-9]+| over){{1,3}}"
+    r"(?:; [0-9]+:(?: [0-9]+| over){1,3}){0,4}(?: yes)?"
+    rf"|[0-9]+{_FROM}"
     rf"|{re.escape(GIVE_UP)}",
     re.ASCII,
 )

@@ -74,7 +74,7 @@ def test_the_paper_has_the_papers_settings():
         ("--pretraining.seed 3", "--pretraining.seed: the pipeline sets it"),
         ("--until rl-3", "--until rl-3: expected one of base, zero, cold-start, "),
         ("--share 1", "--share is 1.0; expected from 0 to below 1"),
-        ("--task jsonl --data x", "the student learns the mixture"),
+        ("--task jsonl --data x --distilled answers", "the student learns the mixture"),
         ("--task jsonl --data x --until rl-2", "give --cold-start.data"),
     ],
 )
@@ -91,7 +91,7 @@ def test_what_is_refused_before_anything_is_written(flags, told, tmp_path):
         "",
         "--base v2-nano --until rl-2 --zero.steps 3 --evaluated --share 0.5",
         "--preset paper --zero.objective.beta 0.1 --rejection.code --rl-1.replay --seed 4",
-        "--zero.scale batch_std --rejection.no-code --distilled mixture"
+        "--zero.scale batch_std --rejection.no-code --distilled answers"
         " --cold-start.lora-targets attention dense_mlp",
     ],
 )
@@ -216,17 +216,18 @@ def test_it_can_be_killed_in_any_stage_and_skips_those_that_are_finished(tmp_pat
     out, whole = tmp_path / "run", tmp_path / "whole"
     process.run(out)
     out.rename(whole)  # paths are settings: both runs have the same
+    draw = resumable.random_instants()
     process.run(out, status=-9, point="half", save=5)
     assert resumable.newest(out / "01-zero") == 1
     assert not (out / "02-cold-start").exists()
     changed = "dataclasses.replace(recipe, zero=dataclasses.replace(recipe.zero, steps=3))"
-    told = process.run(out, status=2, changed=changed)
-    assert "begun with other settings (zero.steps: 2 -> 3)" in told
     greedy = evaluation(out, "base", "jsonl", "greedy") / "metrics.jsonl"
     finished = greedy.stat().st_mtime_ns
-    process.run(out, status=-9, point="visible", save=15)
+    told = process.run(out, status=-9, point="visible", save=15, changed=changed)
+    assert "begun with other settings (zero.steps: 2 -> 3)" in told
     assert resumable.newest(out / "04-rejection") == 1
-    told = process.run(out)
+    _, told = resumable.kill(process, out, draw, share=0.5)
+    told += process.run(out)
     assert "04-rejection" in told
     assert "01-zero" not in told
     assert greedy.stat().st_mtime_ns == finished
@@ -255,6 +256,7 @@ def check_report(out, text):
         assert f"| {right / 4:.1%} ({low:.1%} to {high:.1%}) |" in row
     times = json.loads((out / "times.json").read_text())["parts"]
     starts = {name: times[name]["starts"] for name in ("zero", "cold-start", "rejection")}
-    assert starts == {"zero": 2, "cold-start": 1, "rejection": 2}
+    assert starts.pop("rejection") in (2, 3)  # it may be in there at the random instant, too
+    assert starts == {"zero": 2, "cold-start": 1}
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 2
