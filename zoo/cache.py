@@ -15,10 +15,11 @@ from deepzoo.zoo.config import Config
 class Cache(NamedTuple):
     """What the tokens so far have left behind.
 
-    layers: stack name -> arrays [L, B, S, ...], or stack name -> layer index -> arrays [B, S, ...];
-        "mtp" included.
-    lengths: int32 [B], tokens held by each row. Entries behind them are never read, so a row is
-        shortened (a rejected draft) or emptied (a finished request) by lowering its number.
+    Attributes:
+        layers: stack name -> arrays [L, B, S, ...], or stack name -> layer index -> arrays [B, S,
+            ...]; "mtp" included.
+        lengths: int32 [B], tokens held by each row. Entries behind them are never read, so a row is
+            shortened (a rejected draft) or emptied (a finished request) by lowering its number.
     """
 
     layers: dict[str, Any]

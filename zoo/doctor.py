@@ -34,10 +34,11 @@ EXTRAS = {
 class Finding(NamedTuple):
     """One line of the report.
 
-    status: "ok", "off" or "fail".
-    topic: one word.
-    text: what was found.
-    todo: what to do about it; empty if nothing.
+    Attributes:
+        status: "ok", "off" or "fail".
+        topic: one word.
+        text: what was found.
+        todo: what to do about it; empty if nothing.
     """
 
     status: Status

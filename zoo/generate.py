@@ -14,12 +14,13 @@ from deepzoo.zoo.types import Model
 class Completion(NamedTuple):
     """One answer.
 
-    text: everything generated, without the end token; with a stop string, up to it.
-    thinking: what stands before `</think>`, empty for models that do not think.
-    answer: the rest.
-    tokens: the ids, the end token included.
-    logprobs: of each id under the model itself, at temperature 1 and with nothing excluded.
-    finish: "eos", "stop" (a stop string) or "length".
+    Attributes:
+        text: everything generated, without the end token; with a stop string, up to it.
+        thinking: what stands before `</think>`, empty for models that do not think.
+        answer: the rest.
+        tokens: the ids, the end token included.
+        logprobs: of each id under the model itself, at temperature 1 and with nothing excluded.
+        finish: "eos", "stop" (a stop string) or "length".
     """
 
     text: str
@@ -33,17 +34,18 @@ class Completion(NamedTuple):
 class Options(TypedDict, total=False):
     """How to answer: the options that `generate` and `stream` share.
 
-    max_tokens: per answer, 256 by default; less where the context ends before.
-    temperature: 0 for greedy; the model's published default where None or left out.
-    top_p: nucleus; the published default where None or left out.
-    top_k: 0 for all, the default.
-    min_p: 0 for all, the default.
-    seed: answer i is drawn with seed + i, whatever stands beside it; 0 by default.
-    stop: string or strings that end an answer; they are not part of it.
-    speculative: draft with the MTP layer: the same distribution, fewer passes.
-    raw: continue texts as they are, without a chat format.
-    format: name of a chat format instead of the model's own.
-    thinking: for models with both modes.
+    Attributes:
+        max_tokens: per answer, 256 by default; less where the context ends before.
+        temperature: 0 for greedy; the model's published default where None or left out.
+        top_p: nucleus; the published default where None or left out.
+        top_k: 0 for all, the default.
+        min_p: 0 for all, the default.
+        seed: answer i is drawn with seed + i, whatever stands beside it; 0 by default.
+        stop: string or strings that end an answer; they are not part of it.
+        speculative: draft with the MTP layer: the same distribution, fewer passes.
+        raw: continue texts as they are, without a chat format.
+        format: name of a chat format instead of the model's own.
+        thinking: for models with both modes.
     """
 
     max_tokens: int
@@ -173,8 +175,10 @@ def stream(
     """Yields the answer's text as it is decoded; joined, it is `generate`'s text.
 
     Args:
-        model, prompt, options: as in `generate`.
+        model: as in `generate`.
+        prompt: one of those of `generate`.
         statistics: filled as the answer grows; `finish` says in the end why it ended.
+        options: as in `generate`.
 
     Raises:
         RequestError, TokenizerError: as `generate`, when the first piece is asked for.

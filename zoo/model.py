@@ -26,11 +26,12 @@ STACKS = ("dense", "moe")
 class Output(NamedTuple):
     """Result of a forward pass.
 
-    logits: float32 [B, T, V].
-    cache: the cache with this pass's tokens, or None where none was given.
-    routing: Routing with a leading axis of the expert layers, [L, B, T, ...]; None for the
-        students.
-    hidden: [B, T, D] after the final norm; what the head and the MTP module read.
+    Attributes:
+        logits: float32 [B, T, V].
+        cache: the cache with this pass's tokens, or None where none was given.
+        routing: Routing with a leading axis of the expert layers, [L, B, T, ...]; None for the
+            students.
+        hidden: [B, T, D] after the final norm; what the head and the MTP module read.
     """
 
     logits: jax.Array

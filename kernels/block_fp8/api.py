@@ -133,7 +133,8 @@ def grouped_matmul(
         w: float8_e4m3fn [E, N, K].
         scale: float32 [E, ceil(N/128), ceil(K/128)].
         group_sizes: int32 [E], their sum at most M; empty groups are allowed.
-        activations, interpret: as for `matmul`.
+        activations: as for `matmul`.
+        interpret: as for `matmul`.
         implementation: with "quantize", "auto", "xla" or "mosaic" (Hopper).
 
     Returns:
@@ -167,11 +168,14 @@ def grouped_matmul_fp8(
     """`matmul_fp8` with one matrix per group of sorted rows: dropless, empty groups, no gradient.
 
     Args:
-        x: float8_e4m3fn [M, K]; x_scale: float32 [M, ceil(K/128)].
-        w: float8_e4m3fn [E, N, K]; w_scale: float32 [E, ceil(N/128), ceil(K/128)].
+        x: float8_e4m3fn [M, K].
+        x_scale: float32 [M, ceil(K/128)].
+        w: float8_e4m3fn [E, N, K].
+        w_scale: float32 [E, ceil(N/128), ceil(K/128)].
         group_sizes: int32 [E], their sum at most M.
-        dtype, interpret: as for `matmul_fp8`.
+        dtype: as for `matmul_fp8`.
         implementation: "auto", "xla" or "mosaic" (Hopper).
+        interpret: as for `matmul_fp8`.
 
     Returns:
         [M, N] in `dtype`; rows beyond the sum of the sizes are zeros, whatever they hold.

@@ -85,11 +85,14 @@ def grouped_swiglu(
 
     Args:
         x: [M, K], rows sorted by group.
-        gate, up: [E, N, K]; both float8_e4m3fn with scales, or neither.
+        gate: [E, N, K]; float8_e4m3fn with scales if `up` is, too.
+        up: [E, N, K].
         group_sizes: int32 [E].
-        gate_scale, up_scale: float32 [E, ceil(N / 128), ceil(K / 128)] of float8 matrices.
-        implementation, interpret: as for `grouped_matmul`; "mosaic" takes no float8 here, and
-            there is no "tokamax".
+        gate_scale: float32 [E, ceil(N / 128), ceil(K / 128)] of a float8 `gate`.
+        up_scale: the same of `up`.
+        implementation: as for `grouped_matmul`; "mosaic" takes no float8 here, and there is no
+            "tokamax".
+        interpret: as for `grouped_matmul`.
 
     Returns:
         [M, N] in x's dtype; rows beyond the sum of the sizes are zeros and get zero gradients.

@@ -15,8 +15,10 @@ def merge(
     Differentiable; where neither part saw a key the result is 0 and -inf, with zero gradients.
 
     Args:
-        left, right: [..., V].
-        left_lse, right_lse: float32 [...], log-sum-exp of the scores; -inf where nothing was seen.
+        left: [..., V].
+        left_lse: float32 [...], log-sum-exp of the scores; -inf where nothing was seen.
+        right: [..., V].
+        right_lse: float32 [...].
 
     Returns:
         [..., V] in left's dtype, and float32 [...].

@@ -20,9 +20,10 @@ from deepzoo.kernels.router.xla import expert_counts
 class Plan(NamedTuple):
     """Where each routed row goes.
 
-    order: int32 [M*K], the flat (token, choice) pair behind each sorted row.
-    inverse: int32 [M*K], the sorted row of each pair.
-    group_sizes: int32 [E], rows of each expert; empty experts have 0.
+    Attributes:
+        order: int32 [M*K], the flat (token, choice) pair behind each sorted row.
+        inverse: int32 [M*K], the sorted row of each pair.
+        group_sizes: int32 [E], rows of each expert; empty experts have 0.
     """
 
     order: jax.Array

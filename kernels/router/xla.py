@@ -12,10 +12,11 @@ import jax.numpy as jnp
 class Routing(NamedTuple):
     """Result of routing M tokens to K of E experts.
 
-    indices: int32 [..., M, K], distinct within a token, best first.
-    weights: float32 [..., M, K], what each chosen expert's output is multiplied by.
-    scores: float32 [..., M, E], unbiased affinities of every expert (the balance losses need all of
-        them).
+    Attributes:
+        indices: int32 [..., M, K], distinct within a token, best first.
+        weights: float32 [..., M, K], what each chosen expert's output is multiplied by.
+        scores: float32 [..., M, E], unbiased affinities of every expert (the balance losses need
+            all of them).
     """
 
     indices: jax.Array

@@ -23,11 +23,12 @@ from deepzoo.zoo.types import Model
 class Score(NamedTuple):
     """What `measure` found.
 
-    right: bool [Q, N].
-    truncated: bool [Q, N], answers that were cut off.
-    lengths: int [Q, N], tokens of each answer.
-    problems: the Q problems.
-    completions: their N answers each.
+    Attributes:
+        right: bool [Q, N].
+        truncated: bool [Q, N], answers that were cut off.
+        lengths: int [Q, N], tokens of each answer.
+        problems: the Q problems.
+        completions: their N answers each.
     """
 
     right: np.ndarray
@@ -164,7 +165,7 @@ def majority_at_k(right: np.ndarray, votes: Sequence[Sequence[str | None]], k: i
 
     Args:
         right: bool [Q, N], N at least k.
-        votes: [Q][N], what each sample answers; None if it answers nothing.
+        votes: for each of the Q what its N samples answer; None for one that answers nothing.
         k: voters.
     """
     total = right.shape[1]

@@ -3,7 +3,7 @@
 P prompts  G answers of each  C components of the reward
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def advantages(
     return out.astype(np.float32)
 
 
-def by_component(parts: np.ndarray, weights: np.ndarray, **options) -> np.ndarray:
+def by_component(parts: np.ndarray, weights: np.ndarray, **options: Any) -> np.ndarray:
     """Compares each component of the reward for itself, then adds (GDPO, arXiv 2601.05242).
 
     So that a component with a small range is not lost beside one with a large range. The sum is

@@ -32,13 +32,14 @@ _FOLDER = "answers"
 class Answer(NamedTuple):
     """One answer.
 
-    problem: number of the problem.
-    prompt: its text.
-    text: what the model wrote, without the end token; the thought's opening tag is there even if
-        the prompt ended with it.
-    verdict: components of its reward; None for NaN, where the verifier failed.
-    finished: False for an answer that was cut off.
-    tokens: its length.
+    Attributes:
+        problem: number of the problem.
+        prompt: its text.
+        text: what the model wrote, without the end token; the thought's opening tag is there even
+            if the prompt ended with it.
+        verdict: components of its reward; None for NaN, where the verifier failed.
+        finished: False for an answer that was cut off.
+        tokens: its length.
     """
 
     problem: int

@@ -16,10 +16,11 @@ from deepzoo.zoo.types import Model
 class Documents(NamedTuple):
     """Token ids of many documents in one array.
 
-    tokens: int32 [sum of lengths].
-    starts: int64 [D + 1], where each document begins; the last entry is the end.
-    given: int32 [D], how many of a document's first tokens are read but not learned.
-    places: where each came from, for messages.
+    Attributes:
+        tokens: int32 [sum of lengths].
+        starts: int64 [D + 1], where each document begins; the last entry is the end.
+        given: int32 [D], how many of a document's first tokens are read but not learned.
+        places: where each came from, for messages.
     """
 
     tokens: np.ndarray

@@ -17,9 +17,10 @@ from deepzoo.zoo.model import Params
 class Scored(NamedTuple):
     """What a model says of given tokens; position t is about token t + 1.
 
-    logprobs: float32 [B, T - 1], differentiable.
-    entropy: float32 [B, T - 1], of the distribution that token t + 1 comes from, in nats.
-    routing: of the expert layers, [L, B, T - 1, ...]; None for dense models.
+    Attributes:
+        logprobs: float32 [B, T - 1], differentiable.
+        entropy: float32 [B, T - 1], of the distribution that token t + 1 comes from, in nats.
+        routing: of the expert layers, [L, B, T - 1, ...]; None for dense models.
     """
 
     logprobs: jax.Array

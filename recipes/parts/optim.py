@@ -107,8 +107,10 @@ def muon(
 class Blocks(NamedTuple):
     """An array in 8 bits: codes of its shape, a float32 scale for each block of its last axis.
 
-    codes: int8, value = code * scale; uint8 for what is never negative, value = (code * scale)^2.
-    scale: float32, the shape with the last axis divided by the block's length.
+    Attributes:
+        codes: int8, value = code * scale; uint8 for what is never negative, value = (code *
+            scale)^2.
+        scale: float32, the shape with the last axis divided by the block's length.
     """
 
     codes: jax.Array

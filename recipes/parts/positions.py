@@ -23,9 +23,10 @@ _Z = 1.959964  # of a normal, 95% within
 class Held(NamedTuple):
     """Held-out rows, and where each target lies.
 
-    batch: arrays [N, T + 1], as a loss takes them.
-    edges: R + 1 bounds of the ranges.
-    share: float64 [R, N, T], what each target counts in a range; 0 outside.
+    Attributes:
+        batch: arrays [N, T + 1], as a loss takes them.
+        edges: R + 1 bounds of the ranges.
+        share: float64 [R, N, T], what each target counts in a range; 0 outside.
     """
 
     batch: Mapping[str, np.ndarray]

@@ -21,10 +21,11 @@ from deepzoo.zoo.errors import RequestError
 
 class Problem(NamedTuple):
     """prompt: the text that is continued, or, where `raw` is False, what the user says.
-    answer: what its verifier compares with.
-    raw: whether the prompt is continued as it is, without a chat format.
-    tests: (input, expected output) pairs, where the answer is a program.
-    language: that the answer shall be in.
+    Attributes:
+        answer: what its verifier compares with.
+        raw: whether the prompt is continued as it is, without a chat format.
+        tests: (input, expected output) pairs, where the answer is a program.
+        language: that the answer shall be in.
     """
 
     prompt: str
@@ -42,14 +43,16 @@ failed, and the answer is dropped instead of being called wrong."""
 class Task(NamedTuple):
     """A family of problems.
 
-    problems: (*seed, held=False) -> endless problems; `held` ones are for evaluation.
-    judge: (problem, text, finished) -> verdict; `text` holds the thought with its tags, `finished`
-        is False for an answer that was cut off.
-    solution: problem -> a right answer as training text, where the task can write one.
-    vote: text -> the answer in it, spelled so that equal answers are equal texts; None without one.
-    slow: whether judging waits for something, so that several verdicts at once are faster.
-    everything: all problems in the order of the file, where there is one.
-    fingerprint: of the data that the problems come from; empty where there is none.
+    Attributes:
+        problems: (*seed, held=False) -> endless problems; `held` ones are for evaluation.
+        judge: (problem, text, finished) -> verdict; `text` holds the thought with its tags,
+            `finished` is False for an answer that was cut off.
+        solution: problem -> a right answer as training text, where the task can write one.
+        vote: text -> the answer in it, spelled so that equal answers are equal texts; None without
+            one.
+        slow: whether judging waits for something, so that several verdicts at once are faster.
+        everything: all problems in the order of the file, where there is one.
+        fingerprint: of the data that the problems come from; empty where there is none.
     """
 
     problems: Callable[..., Iterator[Problem]]

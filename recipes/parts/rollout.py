@@ -17,11 +17,12 @@ from deepzoo.zoo.model import Params
 class Trajectories(NamedTuple):
     """N answers in rows of T positions; answers of one prompt lie side by side.
 
-    tokens: int32 [N, T], prompt, answer, padding.
-    mask: float32 [N, T], 1 where the token was written by the model, its end token included.
-    logprobs: float32 [N, T], of those tokens, as the generator reported them (temperature 1).
-    group: int32 [N], index of the prompt.
-    truncated: bool [N], answers that reached the limit without an end token.
+    Attributes:
+        tokens: int32 [N, T], prompt, answer, padding.
+        mask: float32 [N, T], 1 where the token was written by the model, its end token included.
+        logprobs: float32 [N, T], of those tokens, as the generator reported them (temperature 1).
+        group: int32 [N], index of the prompt.
+        truncated: bool [N], answers that reached the limit without an end token.
     """
 
     tokens: np.ndarray

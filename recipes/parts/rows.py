@@ -19,8 +19,11 @@ type Overlong = Literal["error", "cut", "drop"]
 class Plan(NamedTuple):
     """Which part of which document lies where, for all rows of an epoch.
 
-    first: int64 [R + 1], the spans of row r are first[r] to first[r + 1].
-    document, begin, end: int64 [S], tokens begin to end of a document.
+    Attributes:
+        first: int64 [R + 1], the spans of row r are first[r] to first[r + 1].
+        document: int64 [S], tokens begin to end of a document.
+        begin: int64 [S], its first token in that document.
+        end: int64 [S], behind its last one.
     """
 
     first: np.ndarray

@@ -60,12 +60,13 @@ class Limits:
 class Result(NamedTuple):
     """How a program ended.
 
-    end: "exit"; "signal", killed, by its limit of CPU time for example; "wall", still running at
-        the limit; "output", printed too much.
-    status: exit status, or the signal's number; 0 for the other two.
-    stdout: at most 64 KiB.
-    stderr: at most 64 KiB.
-    seconds: wall time.
+    Attributes:
+        end: "exit"; "signal", killed, by its limit of CPU time for example; "wall", still running
+            at the limit; "output", printed too much.
+        status: exit status, or the signal's number; 0 for the other two.
+        stdout: at most 64 KiB.
+        stderr: at most 64 KiB.
+        seconds: wall time.
     """
 
     end: Literal["exit", "signal", "wall", "output"]

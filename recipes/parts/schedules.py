@@ -113,10 +113,11 @@ def v3_mtp_weight(share: Schedule, first: float = 0.3, last: float = 0.1) -> Sch
 class Ramp(NamedTuple):
     """A batch that grows.
 
-    rows: step -> rows of its batch; what the data asks.
-    tokens: step -> tokens of all steps before it.
-    share: step -> the same as a share of all tokens; for schedules, works on traced steps.
-    steps: of the whole run.
+    Attributes:
+        rows: step -> rows of its batch; what the data asks.
+        tokens: step -> tokens of all steps before it.
+        share: step -> the same as a share of all tokens; for schedules, works on traced steps.
+        steps: of the whole run.
     """
 
     rows: Callable[[int], int]

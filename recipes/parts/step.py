@@ -39,11 +39,12 @@ class Peak(NamedTuple):
 class Output(NamedTuple):
     """What a loss returns; everything is a sum over the batch.
 
-    loss: float32 [], to be divided by `weight`.
-    weight: float32 [], tokens (or whatever is counted) behind `loss`; 0 says that there is nothing
-        to learn from this batch.
-    metrics: name -> sum [], logged divided by `weight`; or `Mean`, or `Peak`. "load" holds the
-        tokens each expert got, {"moe": int32 [L, E], "mtp": [N, E]}.
+    Attributes:
+        loss: float32 [], to be divided by `weight`.
+        weight: float32 [], tokens (or whatever is counted) behind `loss`; 0 says that there is
+            nothing to learn from this batch.
+        metrics: name -> sum [], logged divided by `weight`; or `Mean`, or `Peak`. "load" holds the
+            tokens each expert got, {"moe": int32 [L, E], "mtp": [N, E]}.
     """
 
     loss: jax.Array
@@ -54,15 +55,17 @@ class Output(NamedTuple):
 class State(NamedTuple):
     """Everything a run needs to go on; all of it is in a checkpoint.
 
-    step: int32 [], batches seen, skipped ones included.
-    params: what the optimiser trains, without router biases.
-    bias: router biases by stack, float32 [L, E]; empty for models without, or if frozen elsewhere.
-    opt_state: of the optimiser.
-    seed: int32 [], folded with `step` for each batch's randomness.
-    skipped: int32 [], batches whose loss or gradient was not finite.
-    streak: int32 [], how many of them in a row, just now.
-    extra: arrays that a recipe carries along, such as a reference policy; `train_step` passes them
-        through.
+    Attributes:
+        step: int32 [], batches seen, skipped ones included.
+        params: what the optimiser trains, without router biases.
+        bias: router biases by stack, float32 [L, E]; empty for models without, or if frozen
+            elsewhere.
+        opt_state: of the optimiser.
+        seed: int32 [], folded with `step` for each batch's randomness.
+        skipped: int32 [], batches whose loss or gradient was not finite.
+        streak: int32 [], how many of them in a row, just now.
+        extra: arrays that a recipe carries along, such as a reference policy; `train_step` passes
+            them through.
     """
 
     step: jax.Array
