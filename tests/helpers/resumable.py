@@ -16,6 +16,10 @@ options)`; `copied(name)` is a recipe of this project as one who forks it has it
 run of it should take a second or two, and `recipe.steps` be at least 6. `check` makes one
 uninterrupted run and one that is ended by each of `ends` in turn, and compares: every leaf of the
 last checkpoint, every row of metrics.jsonl but its times, every other file that was written.
+
+A random instant is a random event in the run's directory (a file opened, renamed or deleted, a step
+logged) and a moment behind it. The seed differs each time and is printed where a test fails; to see
+the same again, set DEEPZOO_KILL_SEED to it.
 """
 
 import dataclasses
@@ -23,6 +27,7 @@ import hashlib
 import json
 import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
@@ -39,8 +44,10 @@ from deepzoo.recipes.parts.log import METRICS, TIMES, read_metrics
 # but not visible yet; visible, the oldest not deleted; the oldest half deleted.
 SAVE_POINTS = ("before", "half", "written", "visible", "deleting")
 
+_SEED = "DEEPZOO_KILL_SEED"
+
 _DRIVER = """
-import dataclasses, importlib.util, json, os, re, shutil, signal, sys, threading, time
+import dataclasses, importlib.util, itertools, json, os, re, shutil, signal, sys, threading, time
 from pathlib import Path
 from deepzoo.recipes.parts import checkpoint
 from deepzoo.recipes.parts.log import Log
@@ -50,7 +57,7 @@ from deepzoo.zoo.cli import recipes
 from deepzoo.zoo.errors import DeepzooError
 
 out, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
-saves = 0
+saves, counter, within = 0, itertools.count(1), str(out.resolve())
 
 
 def copied(name):
@@ -103,18 +110,31 @@ def deleted(path, *rest):
         reached("deleting")
 
 
-def logged(log, state, metrics):
-    step = int(state.step)
-    if plan.get("after") is not None and not plan.get("ticking"):
-        plan["ticking"] = True
+def happened():
+    if next(counter) == plan.get("event"):
+        if not plan["after"]:
+            send(signal.SIGKILL)
         killer = threading.Timer(plan["after"], send, [signal.SIGKILL])
         killer.daemon = True
         killer.start()
+
+
+def audited(event, args):
+    if event in WATCHED and isinstance(args[0], str | os.PathLike):
+        if os.fspath(args[0]).startswith(within):
+            happened()
+
+
+def logged(log, state, metrics):
+    happened()
+    step = int(state.step)
     if plan.get("at") == step:
         send(plan["with"])
     time.sleep(plan["pace"])
 
 
+WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+sys.addaudithook(audited)
 wrapped(checkpoint, "save_state", before=begun)
 wrapped(trees, "_write_orbax", after=lambda *args: reached("half"))
 wrapped(os, "rename", before=renamed)
@@ -126,12 +146,16 @@ options = Options(
 )
 {source}
 if plan.get("changed"):
-    recipe = eval(plan["changed"])
+    try:
+        train(eval(plan["changed"]), out, options)
+    except DeepzooError as error:
+        print("refused:", error, file=sys.stderr)
 try:
     train(recipe, out, options)
 except DeepzooError as error:
     print("deepzoo:", error, file=sys.stderr)
     sys.exit(2)
+(out.parent / "events").write_text(str(next(counter) - 1))
 """
 
 
@@ -145,7 +169,7 @@ class Resumable:
         told: what the refusal says of them.
         save_every: steps.
         keep: checkpoints; with 1, every save deletes one.
-        pace: seconds added to each step, so that a kill at a random instant finds it running.
+        pace: seconds added to each step, so that a kill at a random instant finds it in one.
         devices: that the child has.
     """
 
@@ -161,9 +185,8 @@ class Resumable:
         """A child process that trains in `out`, and ends as planned."""
         plan = {"save_every": self.save_every, "keep": self.keep, "pace": self.pace, **plan}
         environment = {
-            "JAX_COMPILATION_CACHE_DIR": str(out.parent / "programs"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            **os.environ, **child.on_cpu(self.devices),
+            "JAX_COMPILATION_CACHE_DIR": str(out.parent / "programs"), **os.environ,
+            **child.on_cpu(self.devices), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }  # fmt: skip
         script = _DRIVER.replace("{source}", textwrap.dedent(self.source))
         return subprocess.Popen(
@@ -178,44 +201,73 @@ class Resumable:
         Raises:
             AssertionError: it ended with another status than `status` (-9: killed).
         """
+        return self.ended(out, (status,), **plan)[1]
+
+    def ended(self, out: Path, expected: Sequence[int], **plan: Any) -> tuple[int, str]:
+        """(one of the statuses that are expected, what it wrote to stderr)."""
         process = self.start(out, **plan)
         told, errors = process.communicate(timeout=600)
-        assert process.returncode == status, (
-            f"ended with {process.returncode}, expected {status}:\n{(told + errors)[-3000:]}"
+        assert process.returncode in expected, (
+            f"ended with {process.returncode}, expected {expected}:\n{(told + errors)[-3000:]}"
         )
-        return errors
+        return process.returncode, errors
+
+
+def random_instants(seed: int | None = None) -> random.Random:
+    """Where `kill` draws from; a failing test prints the seed."""
+    if seed is None:
+        seed = int(os.environ.get(_SEED) or secrets.randbits(32))
+    print(f"{_SEED}={seed} ends the runs at the same instants again")
+    return random.Random(seed)
+
+
+def kill(case: Resumable, out: Path, draw: random.Random, share: float = 1.0) -> tuple[bool, str]:
+    """Ends a run at a random instant; (whether it was finished before that, its stderr).
+
+    Args:
+        case: the recipe; an earlier run beside `out` was finished, so that its events are known.
+        out: of the run.
+        draw: from `random_instants`.
+        share: of the recipe that is left.
+    """
+    events = int((out.parent / "events").read_text())
+    event = draw.randint(1, max(round(events * share), events // 4))
+    # At the event itself, or where no event is: in a step, in the threads that write arrays.
+    after = draw.choice((0.0, draw.uniform(0, 0.1)))
+    print(f"killed {after:.3f} s behind event {event} of {events}")
+    status, told = case.ended(out, (0, -signal.SIGKILL), event=event, after=after)
+    return status == 0, told
 
 
 def check(
     case: Resumable,
     folder: Path,
-    ends: Sequence[str] = ("half", "term"),
+    ends: Sequence[str] = ("half", "term", "instant", "instant"),
     *,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> Path:
     """Compares an uninterrupted run with one that is ended again and again; returns the latter.
 
     Args:
         case: the recipe.
         folder: for both runs.
-        ends: "instant", killed at a random one; a point of SAVE_POINTS, killed there in its second
-            save, so that at least two have to be left; "term", SIGTERM in a random step; "terms",
-            a second one while the first saves; "second", stopped while another process tries to
-            start, then killed.
-        seed: of the random instants.
+        ends: a point of SAVE_POINTS, killed there in its second save, so that at least two have to
+            be left; "term", SIGTERM in a random step; "terms", a second one while the first saves;
+            "second", stopped while another process tries to start, then killed; behind all these,
+            because it may find the run finished, "instant", killed at a random one.
+        seed: of the random instants; see the head of this file.
     """
-    whole, broken, draw = folder / "whole", folder / "broken", random.Random(seed)
+    whole, broken, draw = folder / "whole", folder / "broken", random_instants(seed)
     case.run(whole)
     steps = max(row["step"] for row in rows(whole))
-    step = 0
+    step, finished = 0, False
     for end in ends:
-        if end == "instant" and step == steps:  # such as: killed while it wrote its product
-            continue
-        assert step < steps, f"finished before it could be ended by {end!r}: give it more steps"
-        early = draw.randint(step + 1, steps)
-        if end == "instant":  # the steps that are left take longer than that
-            after = draw.uniform(0, case.pace * (steps - step))
-            case.run(broken, status=-signal.SIGKILL, after=after)
+        if finished:
+            break
+        assert step < steps or end == "instant", f"finished before {end!r}: give it more steps"
+        early = draw.randint(min(step + 1, steps), steps)
+        if end == "instant":
+            finished, _ = kill(case, broken, draw, share=1 - step / steps)
         elif end == "term":
             told = case.run(broken, at=early, **{"with": signal.SIGTERM})
             assert f"SIGTERM: stopped after step {early}" in told
@@ -232,11 +284,10 @@ def check(
         assert newest(broken) is None or newest(broken) >= step, "a step that was saved is gone"
         step = newest(broken) or 0
     before = newest(broken)
-    told = case.run(broken, status=2, changed=case.changed)
-    assert "was begun with other settings" in told
-    assert case.told in told
-    assert newest(broken) == before
-    told = case.run(broken)
+    told = case.run(broken, changed=case.changed)
+    refused = next(line for line in told.splitlines() if line.startswith("refused: "))
+    assert "was begun with other settings" in refused
+    assert case.told in refused
     assert before is None or f"going on from step {before}" in told
     compare(whole, broken)
     return broken

@@ -39,7 +39,7 @@ CASE = Resumable(
 
 def test_it_can_be_ended_in_its_second_phase_and_gone_on_with(tmp_path: Path):
     """Saved at step 1, the end of the first phase; killed in the next save, once it is visible."""
-    broken = check(CASE, tmp_path, ends=("visible",))
+    broken = check(CASE, tmp_path, ends=("visible", "instant"))
     assert (broken / "model" / "model.safetensors").is_file()
     saved = json.loads((broken / "checkpoints" / "00000006" / "manifest.json").read_text())
     assert saved["model"]["config"]["rope_scaling"]["factor"] == 4
