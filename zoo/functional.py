@@ -131,6 +131,12 @@ def apply(
     """
     if cache is not None and segment_ids is not None:
         raise ValueError("segment_ids go with whole sequences; a cache holds one sequence a row")
+    if cache is not None and is_stacked(cache.layers) != is_stacked(params):
+        wanted = is_stacked(params)
+        raise ValueError(
+            f"these parameters are {'' if wanted else 'not '}stacked, the cache is"
+            f" {'not' if wanted else 'stacked'}; make it with zoo.cache(..., stacked={wanted})"
+        )
     return bind(config, params)(
         tokens, cache, lengths, segment_ids, positions,
         experts=experts, remat=remat, logits=logits,

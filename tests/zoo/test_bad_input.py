@@ -389,3 +389,13 @@ def test_the_command_line_says_one_line_and_exits_2(model: Path):
     assert (code, out) == ("2", "")
     assert err.startswith(f"deepzoo: {model / TWO}: not a whole safetensors file")
     assert err.count("\n") == 1
+
+
+def test_a_cache_of_the_other_layout_is_an_error_that_says_which():
+    model = zoo.load(GOLDEN / "v2_like")
+    tokens = np.zeros((1, 4), np.int32)
+    with pytest.raises(ValueError, match=r"zoo.cache\(..., stacked=False\)"):
+        zoo.apply(model.config, model.params, tokens, cache=zoo.cache(model.config, 1, 8))
+    stacked = zoo.cache(model.config, 1, 8, stacked=False)
+    with pytest.raises(ValueError, match=r"zoo.cache\(..., stacked=True\)"):
+        zoo.apply(model.config, zoo.stack(model.params), tokens, cache=stacked)
