@@ -21,7 +21,7 @@ uv pip install -q --python "$dir/env/bin/python" -c constraints.txt --group pypr
 "$dir/env/bin/python" - "${wheel[0]}" <<'PY'
 import subprocess, sys, zipfile
 
-listed = subprocess.run(["git", "ls-files", "-z", "kernels", "recipes", "zoo"], capture_output=True, check=True)
+listed = subprocess.run(["git", "ls-files", "-z", "kernels", "recipes", "seeds", "zoo"], capture_output=True, check=True)
 tracked = {f"deepzoo/{name}" for name in listed.stdout.decode().split("\0") if name}
 packed = {n for n in zipfile.ZipFile(sys.argv[1]).namelist() if ".dist-info/" not in n}
 if tracked != packed:

@@ -22,6 +22,7 @@ LAYERS = {
     "kernels": ("kernels",),
     "zoo": ("kernels", "zoo"),
     "recipes": ("kernels", "zoo", "recipes"),
+    "seeds": ("kernels", "zoo", "recipes", "seeds"),
 }
 
 FORBIDDEN_NNX = frozenset(
@@ -79,7 +80,7 @@ def _imports(tree: ast.Module, package: str) -> Iterator[tuple[int, str, bool]]:
 def imports_one_way(
     tree: ast.Module, package: str, core: frozenset[str], optional: frozenset[str]
 ) -> list[str]:
-    """kernels <- zoo <- recipes, and nothing from outside that pyproject.toml does not declare.
+    """kernels <- zoo <- recipes <- seeds, and nothing that pyproject.toml does not declare.
 
     `package` is the file's own (`deepzoo.zoo.cli`); `core` and `optional` are import names.
     Optional ones and the peers are welcome inside functions only: importing the package must not
