@@ -35,6 +35,13 @@ RELATIONS = {
 GRADES = get_args(Grade.__value__)
 
 
+def half_digit(number: Decimal) -> float:
+    """Half a unit of the last digit of a number as it is written."""
+    exponent = number.as_tuple().exponent
+    assert isinstance(exponent, int)
+    return 0.5 * 10.0**exponent
+
+
 class LedgerError(DeepzooError):
     """A ledger that cannot be read, or a claim in it that is not complete."""
 
@@ -57,6 +64,7 @@ class Claim:
         check: name of the function in `CHECKS` that computes ours; empty for none.
         inputs: its arguments.
         ours: what it computed, rounded as written.
+        interval: 95% interval of ours, where it is measured on shipped models.
         how: how ours is computed, or why it cannot be compared as it stands.
         command: what prints or checks it, or would on another machine; empty for nothing.
         verdict: a key of `VERDICTS`.
@@ -76,17 +84,16 @@ class Claim:
     check: str = ""
     inputs: dict[str, Any]
     ours: Decimal | None = None
+    interval: tuple[Decimal, Decimal] | None = None
     how: str = ""
     command: str = ""
     verdict: str
     why: str = ""
 
     @property
-    def half_digit(self) -> float:
-        """Half a unit of the last digit of `ours` as it is written."""
-        exponent = self.ours.as_tuple().exponent if self.ours is not None else 0
-        assert isinstance(exponent, int)
-        return 0.5 * 10.0**exponent
+    def recorded(self) -> tuple[Decimal, ...]:
+        """`ours` and the ends of its interval, where it has one."""
+        return () if self.ours is None else (self.ours, *(self.interval or ()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,6 +202,10 @@ def _value(where: str, kind: Any, value: Any) -> Any:
     if kind == dict[str, Any]:
         _need(isinstance(value, dict), f"{where}: expected a table, got {value!r}")
         return value
+    if kind == tuple[Decimal, Decimal] | None:
+        if not isinstance(value, list) or len(value) != 2:
+            raise LedgerError(f"{where}: expected a list of two numbers")
+        return tuple(_value(where, Decimal, one) for one in value)
     if kind == list[float]:
         if not isinstance(value, list) or not value:
             raise LedgerError(f"{where}: expected a list of numbers")
@@ -219,10 +230,13 @@ def _claim(where: str, table: dict[str, Any]) -> Claim:
         inputs = _inputs(where, claim.check, claim.inputs)
         compared = not unable and claim.figure is not None and claim.relation == "equals"
     else:
-        _need(claim.ours is None and not claim.inputs, f"{where}: ours and inputs need a check")
+        bare = not claim.recorded and not claim.inputs
+        _need(bare and not claim.interval, f"{where}: ours and inputs need a check")
         inputs, compared = {}, False
     bare = claim.relation == "equals" and not claim.written
     _need(claim.figure is not None or bare, f"{where}: figure is missing")
+    measured = any(isinstance(value, dict) for value in inputs.values())
+    _need(measured == bool(claim.interval), f"{where}: interval goes with figures of cards")
     given = claim.tolerance is not None
     _need(given == compared, f"{where}: tolerance goes with a figure that ours shall equal")
     _need((claim.tolerance or 0) >= 0, f"{where}: tolerance is negative")

@@ -31,9 +31,15 @@ def published(claim: Claim) -> str:
 
 
 def ours(claim: Claim) -> str:
-    """Our figure; with its unit where none was published."""
-    bare = claim.ours is None or claim.figure is not None
-    return number(claim.ours) if bare else _with_unit(number(claim.ours), claim.unit)
+    """Our figure, with its interval if it has one, and with its unit where none was published."""
+    if claim.ours is None:
+        return ""
+    sign = "+" if claim.relation == "sign" and claim.ours > 0 else ""
+    figure = f"{sign}{number(claim.ours)}"
+    if claim.figure is None:
+        figure = _with_unit(figure, claim.unit)
+    ends = " to ".join(map(number, claim.interval or ()))
+    return figure + (f" (95% interval {ends})" if ends else "")
 
 
 def _with_unit(figure: str, unit: str) -> str:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from deepzoo.seeds import nano
 from deepzoo.seeds.checks import CHECKS, Figure, exactly
-from deepzoo.seeds.claims import Claim, Ledger, LedgerError, Line
+from deepzoo.seeds.claims import Claim, Ledger, LedgerError, Line, half_digit
 from deepzoo.zoo.errors import DeepzooError
 
 
@@ -109,13 +109,15 @@ def disagreement(claim: Claim, found: Figure) -> str | None:
 
 def _stale(claim: Claim, found: Figure) -> str | None:
     """Where our figure is not the one that the ledger records."""
-    assert claim.ours is not None
-    slack = claim.half_digit
-    if abs(found.value - float(claim.ours)) <= slack * (1 + 1e-9):
+    slack = half_digit(claim.recorded[0])
+    told = zip(claim.recorded, found, strict=False)
+    if all(abs(now - float(one)) <= half_digit(one) * (1 + 1e-9) for one, now in told):
         return None
+    recorded = " to ".join(map(str, claim.recorded[1:]))
+    recorded = f"{claim.ours} {claim.unit}" + (f" (interval {recorded})" if recorded else "")
     return (
-        f"{claim.name}: the ledger records {claim.ours} {claim.unit} as ours, computed"
-        f" {found.value:.6g}, tolerance {slack:g}"
+        f"{claim.name}: the ledger records {recorded} as ours, computed {_interval(found)},"
+        f" tolerance {slack:g}"
     )
 
 

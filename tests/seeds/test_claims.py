@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deepzoo.seeds.checks import CHECKS
-from deepzoo.seeds.claims import LEDGER, VERDICTS, LedgerError, read
+from deepzoo.seeds.claims import LEDGER, VERDICTS, LedgerError, half_digit, read
 from deepzoo.zoo import cli
 from deepzoo.zoo.cli import usage
 
@@ -78,9 +78,9 @@ def test_the_command_of_a_claim_parses(command: str):
         fields = {"--preset", "--out"} | {f"--{f}" for f in recipe.Recipe.__dataclass_fields__}
         assert {word for word in args if word.startswith("--")} <= fields
     else:
-        usage.parse(getattr(module, name.capitalize()), name, args)
-    if name == "seeds":
-        assert set(args[1:]) <= {claim.name for claim in CLAIMS}
+        parsed = usage.parse(getattr(module, name.capitalize()), name, args)
+        if name == "seeds":
+            assert set(parsed.name) <= {claim.name for claim in CLAIMS}
 
 
 def test_numbers_keep_their_digits(tmp_path: Path):
@@ -89,7 +89,8 @@ def test_numbers_keep_their_digits(tmp_path: Path):
     ledger = read(path)
     one, other = ledger.claims
     assert (str(one.figure), str(one.ours), one.tolerance) == ("3.0", "3.00", Decimal("0.05"))
-    assert one.half_digit == 0.005
+    assert one.ours is not None
+    assert half_digit(one.ours) == 0.005
     assert one.inputs == {"parts": [1.0, 2.0]}
     assert (other.figure, other.check) == (None, "")
     assert (ledger.lines["accuracy"].problems, ledger.lines["accuracy"].top_p) == (500, 0.95)
@@ -124,6 +125,8 @@ BAD = [
     (_with("inputs", "{ parts = [true] }"), "input parts: expected a number, got True"),
     (_with("inputs", "{ parts = [1], all = 2 }"), "total has no input 'all'"),
     (_with("figure", "nan"), "figure: expected a number"),
+    (_with("ours", "3.00\ninterval = [2, 4]"), "interval goes with figures of cards"),
+    (_with("ours", "3.00\ninterval = [2]"), "interval: expected a list of two numbers"),
     (_with("figure", '"3"'), "figure: expected a number, got '3'"),
     (_with("tolerance", "-1"), "tolerance is negative"),
     (_with("claim", '" "'), "claim: expected a text of one line"),

@@ -25,6 +25,7 @@ relation = "sign"
 check = "gain"
 inputs = {{ later = {{ model = "v2-nano", line = "{GREEDY}" }}, earlier = {{ model = "v2-nano", line = "{SAMPLED}" }} }}
 ours = 6.4
+interval = [3.8, 9.2]
 how = "One share minus the other."
 command = "deepzoo seeds check greedy"
 verdict = "consistent"
@@ -78,16 +79,40 @@ def test_a_gain_is_read_from_cards(ledger: Ledger):
     assert finding.found == pytest.approx((6.4, 6.4 - 2.581, 6.4 + 2.816), abs=1e-3)
 
 
+def test_a_recorded_interval_that_is_not_the_cards_is_a_contradiction(path: Path):
+    path.write_text(TEXT.replace("[3.8, 9.2]", "[3.8, 9.1]"), encoding="utf-8")
+    ledger = read(path)
+    (finding,) = verify.check(ledger, ledger.claims)
+    assert finding.contradictions == (
+        "greedy: the ledger records 6.4 points (interval 3.8 to 9.1) as ours, computed 6.4 (95%"
+        " interval 3.8 to 9.2), tolerance 0.05",
+    )
+
+
+def test_the_table_shows_the_interval(path: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["seeds", "--ledger", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "\t+6.4 points\t+6.4 (95% interval 3.8 to 9.2)\tconsistent\t" in out
+
+
+def test_gains_need_an_interval(path: Path):
+    path.write_text(TEXT.replace("interval = [3.8, 9.2]\n", ""), encoding="utf-8")
+    with pytest.raises(LedgerError, match="'greedy': interval goes with figures of cards"):
+        read(path)
+
+
 def test_a_gain_whose_interval_reaches_0_is_a_contradiction(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ):
     told = {GREEDY: Figure(98.4, 92.0, 99.9), SAMPLED: Figure(92.0, 89.3, 98.0)}
     monkeypatch.setattr(nano, "on_card", lambda model, line: told[line])
     (finding,) = verify.check(ledger, ledger.claims)
-    assert finding.contradictions == (
+    against, stale = finding.contradictions
+    assert against == (
         "greedy: published 6.4 points, computed 6.4 (95% interval -2.4 to 9.5), expected on the"
-        " same side of 0, tolerance 0",
+        " same side of 0, tolerance 0"
     )
+    assert stale.startswith("greedy: the ledger records 6.4 points (interval 3.8 to 9.2)")
 
 
 def test_evaluate_measures_the_lines_that_it_knows(ledger: Ledger, monkeypatch: pytest.MonkeyPatch):

@@ -32,18 +32,19 @@ def test_nothing_contradicts_and_everything_that_has_a_check_was_computed():
 @pytest.mark.parametrize("claim", COMPARED, ids=lambda claim: claim.name)
 def test_a_changed_figure_is_found(claim: Claim):
     assert claim.figure is not None
-    found = FINDINGS[claim.name].found
-    if claim.relation == "equals":
-        step = max(2 * float(claim.tolerance or 0), 1e-3 * abs(float(claim.figure)))
-        wrong = [found.value + step, found.value - step]
-    else:
-        wrong = [found.value * (0.99 if claim.relation == "below" else 1.01)]
-    for figure in wrong:
-        changed = dataclasses.replace(claim, figure=Decimal(repr(figure)))
-        line = verify.disagreement(changed, found)
+    found, figure = FINDINGS[claim.name].found, float(claim.figure)
+    step = max(2 * float(claim.tolerance or 0), 1e-3 * abs(figure))
+    wrong = {
+        "equals": [found.high + step, found.low - step],
+        "below": [found.high - step],
+        "above": [found.low + step],
+        "sign": [-figure],
+    }
+    for changed in map(repr, wrong[claim.relation]):
+        line = verify.disagreement(dataclasses.replace(claim, figure=Decimal(changed)), found)
         assert line is not None
-        assert line.startswith(f"{claim.name}: published {figure!r} {claim.unit}, computed ")
-        assert f"{found.value:.6g}" in line
+        assert line.startswith(f"{claim.name}: published {changed} {claim.unit}, computed ")
+        assert f"{found.value:{'.6g' if found.low == found.high else '.1f'}}" in line
         assert "tolerance" in line
 
 
