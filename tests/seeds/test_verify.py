@@ -127,6 +127,15 @@ def test_the_shipped_ledger_passes(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == "0 of 1 claims computed again, 0 contradicted\n"
 
 
+def test_evaluate_says_where_there_is_nothing_to_measure(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["seeds", "check", "v3-hours", "--evaluate"]) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("1 of 1 claims computed again, 0 contradicted\n")
+    assert err == (
+        "nothing to measure: none of these claims rests on the card of a shipped model\n"
+    )
+
+
 def test_what_cannot_be_computed_names_the_claim(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -123,6 +123,9 @@ def _check(command: Seeds, ledger: Any, claims: list[Any]) -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    rests = any(isinstance(value, dict) for claim in claims for value in claim.inputs.values())
+    if command.evaluate and not rests:
+        say("nothing to measure: none of these claims rests on the card of a shipped model")
     findings = list(verify.check(ledger, claims, evaluate=command.evaluate, say=say))
     wrong = [line for finding in findings for line in finding.contradictions]
     if command.json:
