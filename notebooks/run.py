@@ -49,8 +49,8 @@ def read(path: Path) -> Any:
     return nbformat.read(path, as_version=4)
 
 
-def executed(path: Path) -> Any:
-    """The notebook with the outputs of a fresh run.
+def executed(path: Path, limit: float = LIMIT) -> Any:
+    """The notebook with the outputs of a fresh run, each cell of which may take `limit` seconds.
 
     Raises:
         NotebookError: a cell failed, took too long, warned, or named this machine.
@@ -64,7 +64,7 @@ def executed(path: Path) -> Any:
         os.environ.update(ENVIRONMENT)
         try:
             client = NotebookClient(
-                book, timeout=LIMIT, kernel_name="python3", record_timing=False,
+                book, timeout=limit, kernel_name="python3", record_timing=False,
                 resources={"metadata": {"path": folder}},
                 extra_arguments=["--log-level=ERROR"],
             )  # fmt: skip
@@ -136,11 +136,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="beginnings of names; all by default")
     parser.add_argument("--html", type=Path, help="folder for rendered pages")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that a cell may take")
     told = parser.parse_args()
     try:
         for path in names(told.names):
             begin = time.perf_counter()
-            book = executed(path)
+            book = executed(path, told.limit)
             nbformat.write(book, path)
             size = path.stat().st_size / 1024
             print(f"{path.name}: {time.perf_counter() - begin:.0f} s, {size:.0f} KiB", flush=True)
