@@ -19,7 +19,9 @@ last checkpoint, every row of metrics.jsonl but its times, every other file that
 
 A random instant is a random event in the run's directory (a file opened, renamed or deleted, a step
 logged) and a moment behind it. The seed differs each time and is printed where a test fails; to see
-the same again, set DEEPZOO_KILL_SEED to it.
+the same again, set DEEPZOO_KILL_SEED to it. DEEPZOO_KILLS=20 looks for more than one an "instant":
+
+    DEEPZOO_KILLS=20 uv run pytest tests/recipes -k ended -n 2
 """
 
 import dataclasses
@@ -44,7 +46,7 @@ from deepzoo.recipes.parts.log import METRICS, TIMES, read_metrics
 # but not visible yet; visible, the oldest not deleted; the oldest half deleted.
 SAVE_POINTS = ("before", "half", "written", "visible", "deleting")
 
-_SEED = "DEEPZOO_KILL_SEED"
+_SEED, _KILLS = "DEEPZOO_KILL_SEED", "DEEPZOO_KILLS"
 
 _DRIVER = """
 import dataclasses, importlib.util, itertools, json, os, re, shutil, signal, sys, threading, time
@@ -242,7 +244,7 @@ def kill(case: Resumable, out: Path, draw: random.Random, share: float = 1.0) ->
 def check(
     case: Resumable,
     folder: Path,
-    ends: Sequence[str] = ("half", "term", "instant", "instant"),
+    ends: Sequence[str] = ("half", "term", "instant"),
     *,
     seed: int | None = None,
 ) -> Path:
@@ -254,7 +256,7 @@ def check(
         ends: a point of SAVE_POINTS, killed there in its second save, so that at least two have to
             be left; "term", SIGTERM in a random step; "terms", a second one while the first saves;
             "second", stopped while another process tries to start, then killed; behind all these,
-            because it may find the run finished, "instant", killed at a random one.
+            because it may find the run finished, "instant", killed at random ones.
         seed: of the random instants; see the head of this file.
     """
     whole, broken, draw = folder / "whole", folder / "broken", random_instants(seed)
@@ -267,7 +269,12 @@ def check(
         assert step < steps or end == "instant", f"finished before {end!r}: give it more steps"
         early = draw.randint(min(step + 1, steps), steps)
         if end == "instant":
-            finished, _ = kill(case, broken, draw, share=1 - step / steps)
+            for _ in range(int(os.environ.get(_KILLS, "1"))):
+                finished, _ = kill(case, broken, draw, share=1 - step / steps)
+                assert finished or (newest(broken) or 0) >= step, "a step that was saved is gone"
+                step = newest(broken) or 0
+                if finished:
+                    break
         elif end == "term":
             told = case.run(broken, at=early, **{"with": signal.SIGTERM})
             assert f"SIGTERM: stopped after step {early}" in told
