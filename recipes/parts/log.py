@@ -71,7 +71,7 @@ class Log:
         self._events_in = out / "tensorboard" if tensorboard else None
         self._file: Any = None
         self._events: Events | None = None
-        self._console = Console(stderr=True, quiet=quiet)
+        self._console = _console(quiet)
         self._progress: Progress | None = None
         self._begin = time.perf_counter()
         self._steps, self._columns, self._rows = 0, [], 0
@@ -200,6 +200,13 @@ class Log:
         self.print(
             "  ".join(f"{c:>{_width(t)}}" for c, (_, t, _) in zip(cells, columns, strict=True))
         )
+
+
+def _console(quiet: bool) -> Console:
+    """Of stderr. In a notebook, of stdout and as plain text: stderr is shown in red there, and rich
+    would make every line a block of HTML."""
+    found = Console(stderr=True, quiet=quiet)
+    return Console(quiet=quiet, force_jupyter=False) if found.is_jupyter else found
 
 
 def figures(state: State, metrics: Metrics) -> dict[str, float | None]:

@@ -187,6 +187,18 @@ def test_the_table_has_a_head_columns_of_what_there_is_and_harmless_text(
     assert lines[-1] == "step 40: sample bell ␇ [bold]x[/bold]"
 
 
+def test_a_notebook_gets_plain_lines_where_cells_print(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    log = Log(tmp_path, tensorboard=False)
+    log.print("step 1: [not markup] " + 100 * "x")
+    assert capsys.readouterr() == ("step 1: [not markup] " + 100 * "x" + "\n", "")
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: False)
+    Log(tmp_path, tensorboard=False).print("line")
+    assert capsys.readouterr() == ("", "line\n")
+
+
 def test_every_line_is_json_without_nan(tmp_path: Path):
     run(tmp_path, 0, 4)
     for line in (tmp_path / METRICS).read_text().splitlines():
