@@ -225,19 +225,35 @@ def models(machine: Machine, sizes: Sequence[Size]) -> list[Finding]:
     if free is None or not sizes:
         return []
     where = "the host" if not gpus else "the GPU" if len(gpus) == 1 else f"{len(gpus)} GPUs"
-    found = []
-    for form in ("published", "bfloat16"):
-        fit = [s for s in sizes if getattr(s, form) + s.cache <= free]
-        told = f"{len(fit)} of {len(sizes)} fit {where} {_FORMS[form]}"
-        if fit:
-            largest = max(fit, key=lambda size: getattr(size, form))
-            told += f", the largest {largest.name} ({gib(getattr(largest, form))})"
-        more = [s for s in sizes if s not in fit]
-        if more:
-            least = min(more, key=lambda size: getattr(size, form))
-            told += f"; {least.name} needs {gib(getattr(least, form) + least.cache)}"
-        found.append(Finding("ok" if fit else "off", "models", told))
-    return found
+    alike: dict[tuple[int, str], list[str]] = {}
+    for form, words in _FORMS.items():
+        alike.setdefault(_fitting(sizes, form, free), []).append(words)
+    return [
+        Finding(
+            "ok" if number else "off",
+            "models",
+            f"{number} of {len(sizes)} fit {where} {' and '.join(words)}{examples}",
+        )
+        for (number, examples), words in alike.items()
+    ]
+
+
+def _fitting(sizes: Sequence[Size], form: str, free: int) -> tuple[int, str]:
+    """How many models fit, and in words the largest that does and the smallest that does not."""
+
+    def weights(size: Size) -> int:
+        return getattr(size, form)
+
+    fit = [size for size in sizes if weights(size) + size.cache <= free]
+    more = [size for size in sizes if size not in fit]
+    told = ""
+    if fit:
+        largest = max(fit, key=weights)
+        told += f", the largest {largest.name} ({gib(weights(largest))})"
+    if more:
+        least = min(more, key=weights)
+        told += f"; {least.name} needs {gib(weights(least) + least.cache)}"
+    return len(fit), told
 
 
 def disk(machine: Machine, sizes: Sequence[Size]) -> Finding:

@@ -161,8 +161,10 @@ def test_models_that_fit_are_counted_with_their_cache():
     assert "big needs 200.0 GiB" in published.text
     assert wide.status == "off" and wide.text.startswith("0 of 2") and "small needs 17" in wide.text
     # Two GPUs hold a model together, and the host's memory is then of no interest.
-    published, _ = told(changed(backend=gpu(), memory=1), "models")
-    assert published.text == "2 of 2 fit 2 GPUs as published, the largest big (100.0 GiB)"
+    (both,) = told(changed(backend=gpu(), memory=1), "models")
+    assert both.text == (
+        "2 of 2 fit 2 GPUs as published and in bfloat16, the largest big (100.0 GiB)"
+    )
     assert told(changed(memory=None), "models") == []
 
 
