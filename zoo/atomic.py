@@ -5,6 +5,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -71,7 +72,7 @@ def new_directory(
         _sync(path.parent)
     except BaseException as cause:
         free = _free(path)
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         with suppress(OSError):
             for parent in made:
                 parent.rmdir()
@@ -93,6 +94,17 @@ def new_directory(
 def _free(path: Path) -> int:
     """Bytes that can still be written where `path` will be."""
     return shutil.disk_usage(next(p for p in path.parents if p.exists())).free
+
+
+def _remove(directory: Path) -> None:
+    """Removes it, and what threads still put there that did not know that another had failed."""
+    gone = 0
+    for _ in range(250):
+        shutil.rmtree(directory, ignore_errors=True)
+        gone = 0 if directory.exists() else gone + 1
+        if gone == 3:
+            return
+        time.sleep(0.02)
 
 
 def _sync(path: Path) -> None:

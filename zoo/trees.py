@@ -11,8 +11,11 @@ fingerprint, before an array is handed out.
 import errno
 import hashlib
 import json
+import logging
 import os
+import re
 import stat
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
@@ -84,6 +87,7 @@ def write_tree(
     }
     total = sum(x.nbytes for leaves in arrays.values() for x in leaves.values())
     with (
+        _told_once(),
         _directory_of_all(directory, total) as temporary,
         track(f"writing {directory.name}", total, progress) as advance,
     ):
@@ -339,7 +343,36 @@ def _write_orbax(path: Path, leaves: dict[str, jax.Array]) -> None:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             checkpointer.save(path, args=ocp.args.StandardSave(tree, how))
     except Exception as error:  # a full disk arrives as one of many types
-        raise OSError(errno.EIO, " ".join(str(error).split())[:300]) from error
+        text = " ".join(str(error).split())
+        code = re.search(r"os_error_code='(\d+)'", text)  # what TensorStore tells of the system's
+        raise OSError(errno.EIO, os.strerror(int(code[1])) if code else text[:300]) from error
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """While it lasts, Orbax's threads do not print the failure that `_write_orbax` raises.
+
+    That is, two messages: the record that a thread logs before it hands its exception over; and
+    what becomes of further writes of the same tree, which TensorStore ends after the first that
+    failed, when their event loop has been closed: nobody can be told, so it is "unraisable".
+    """
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+
+    def others(record: logging.LogRecord) -> bool:
+        return "_SignalingThread.run() raised an exception" not in record.getMessage()
+
+    def unraisable(told: "sys.UnraisableHookArgs") -> None:
+        closed = told.exc_type is RuntimeError and str(told.exc_value) == "Event loop is closed"
+        if not (closed and told.object is None):
+            hook(told)
+
+    logger.addFilter(others)
+    sys.unraisablehook = unraisable
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        logger.removeFilter(others)
 
 
 def _read_orbax(
