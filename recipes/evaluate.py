@@ -61,7 +61,7 @@ class Recipe:
     """k of pass@k."""
     majorities: tuple[int, ...] = (4,)
     """k of maj@k."""
-    max_tokens: int = 160
+    max_tokens: int = 256
     """Longest answer."""
     temperature: float = 0.6
     """Of sampling; 0 for greedy."""
@@ -98,14 +98,14 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> dict[str
     """
     _check(recipe)
     model = zoo.load(recipe.model, dtype="float32", mtp=False, stacked=False)
-    facts: dict[str, Any] = {"model": answers.digest(model)}
+    facts: dict[str, Any] = {}
     task = problems = None
     if recipe.task:
         task = tasks.task(recipe.task, recipe.data, template=recipe.template)
         problems = chosen(recipe, task)
         facts["problems"] = task.fingerprint
     report: dict[str, Any] = {"model": recipe.model, "settings": dataclasses.asdict(recipe)}
-    with Run(out, recipe, options, facts=facts) as run:
+    with Run(out, recipe, options, facts=facts, models={"model": model.params}) as run:
         if task is not None and problems is not None:
             answers.sample(
                 run, model, task, problems, answers=recipe.samples, at_once=recipe.at_once,

@@ -45,6 +45,7 @@ class Card:
         open: what is not confirmed, one sentence each.
         sources: where the values come from.
         training: for a model trained here: recipe, command, seed, wall time, scores.
+        task: for a model trained here: what it answers, a task of the recipes.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Card:
     open: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     training: tuple[tuple[str, str], ...] = ()
+    task: str | None = None
 
     @property
     def is_base(self) -> bool:

@@ -220,17 +220,23 @@ def bench(
         finally:
             if peer is not None:
                 peer.close()
-    facts = {
+    known = facts() | {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
         "dtype": CONFIG.dtype,
-        "threads": threads,
         "rounds": rounds,
+    }
+    known["versions"] |= {} if peer is None else peer.versions
+    return rows, known
+
+
+def facts() -> dict[str, Any]:
+    """Processor, threads, versions and date, beside which figures are quoted."""
+    return {
+        "threads": len(os.sched_getaffinity(0)),
         "cpu": _cpu(),
         "date": time.strftime("%Y-%m-%d"),
-        "versions": {n: metadata.version(n) for n in ("deepzoo", "jax", "jaxlib")}
-        | ({} if peer is None else peer.versions),
+        "versions": {n: metadata.version(n) for n in ("deepzoo", "jax", "jaxlib")},
     }
-    return rows, facts
 
 
 def _measure(

@@ -1,4 +1,4 @@
-"""`deepzoo bench`: speed of a model on the CPU, of the kernels and of models on a GPU."""
+"""`deepzoo bench`: speed of models on CPU and GPU, of the kernels, of speculative decoding."""
 
 import importlib.util
 import json
@@ -19,25 +19,32 @@ from deepzoo.zoo.errors import RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure a small model on the CPU, the kernels on a GPU, or whole models on a GPU.
+    """Measure a small model on the CPU, the kernels or whole models on a GPU, or MTP drafts.
 
     cpu: decode, prefill and a training step of a 135M-parameter V2 model with random weights, in
     float32.
     kernels: every kernel against float64, the hardware's limit and its peers; without a GPU, what
     compiling them for absent GPUs tells.
     gpu: prefill, decode and training of models with random weights.
+    speculative: decoding with the MTP layer's drafts against plain decoding, batch 1, in float32.
 
     Example: deepzoo bench cpu --against transformers --peer-python peer/bin/python
     """
 
-    what: Annotated[Literal["cpu", "kernels", "gpu"], tyro.conf.Positional]
+    what: Annotated[Literal["cpu", "kernels", "gpu", "speculative"], tyro.conf.Positional]
     """What to measure."""
     against: Annotated[str | None, tyro.conf.arg(metavar="PEER")] = None
     """A peer to measure with us (cpu, gpu): transformers."""
     peer_python: Annotated[str | None, tyro.conf.arg(metavar="PYTHON")] = None
     """The Python of an environment in which the peer is installed; for kernels, one with torch."""
     rounds: Count = 5
-    """Measured rounds of each case (cpu, gpu); medians are printed."""
+    """Measured rounds of each case (cpu, gpu, speculative); medians are printed."""
+    model: str = "r1-nano"
+    """A shipped model or a directory (speculative)."""
+    task: str = "countdown"
+    """Whose held-out problems it answers (speculative)."""
+    problems: Count = 50
+    """How many of them (speculative)."""
     filter: Text = None
     """Only cases whose operation and name hold this text (kernels)."""
     minutes: float = 30
@@ -64,7 +71,10 @@ def run(command: Bench) -> int:
         raise RequestError(f"--minutes is {command.minutes:g}; expected more than 0")
     if command.write and (command.filter is not None or command.what != "kernels"):
         raise RequestError("--write is for `bench kernels` with all cases, without --filter")
-    return {"cpu": _cpu, "kernels": _kernels, "gpu": _gpu}[command.what](command)
+    if command.problems < 1:
+        raise RequestError(f"--problems is {command.problems}; expected at least 1")
+    runs = {"cpu": _cpu, "kernels": _kernels, "gpu": _gpu, "speculative": _speculative}
+    return runs[command.what](command)
 
 
 def _has_gpu() -> bool:
@@ -185,6 +195,32 @@ def _gpu(command: Bench) -> int:
     return 0
 
 
+def _speculative(command: Bench) -> int:
+    from deepzoo.zoo.bench import cpu, speculative
+    from deepzoo.zoo.load import load
+
+    # The zoo knows no tasks; the recipes do, and are looked for when the command runs.
+    tasks = importlib.import_module("deepzoo.recipes.parts.problems")
+    accuracy = importlib.import_module("deepzoo.recipes.parts.accuracy")
+    asked = accuracy.held_out(tasks.task(command.task), command.problems)
+    model = load(command.model, dtype="float32")
+    with _progress() as told:
+        rows = speculative.bench(
+            model, [p.prompt for p in asked], raw=asked[0].raw, rounds=command.rounds, told=told
+        )
+    known = cpu.facts()
+    if command.json:
+        found = [row._asdict() | {"acceptance": row.acceptance} for row in rows]
+        print(json.dumps(known | {"rows": found}, indent=2))
+        return 0
+    _show([speculative.HEADER, *(speculative.line(row) for row in rows)])
+    print(
+        f"{command.model}, {command.problems} problems of {command.task} one after the other,"
+        f" float32, medians of {command.rounds} rounds; {_machine(known)}"
+    )
+    return 0
+
+
 def _cpu(command: Bench) -> int:
     from deepzoo.zoo.bench import cpu
 
@@ -196,13 +232,16 @@ def _cpu(command: Bench) -> int:
         print(json.dumps(facts | {"rows": [row._asdict() for row in rows]}, indent=2))
         return 0
     _show(_table(rows, command.against))
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     print(
-        f"{facts['parameters'] / 1e6:.0f}M parameters, {facts['dtype']}, {facts['threads']}"
-        " threads of"
-        f" {facts['cpu']}, medians of {facts['rounds']} rounds, {facts['date']}; {versions}"
+        f"{facts['parameters'] / 1e6:.0f}M parameters, {facts['dtype']}, medians of"
+        f" {facts['rounds']} rounds; {_machine(facts)}"
     )
     return 0
+
+
+def _machine(known: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
+    return f"{known['threads']} threads of {known['cpu']}, {known['date']}; {versions}"
 
 
 def _table(rows: list[Any], against: str | None) -> list[list[str]]:

@@ -11,6 +11,7 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
+from deepzoo.zoo import catalog
 from deepzoo.zoo.cli import usage
 
 
@@ -19,9 +20,9 @@ class Evaluate:
     """Measure how often a model is right, with the interval that so few problems allow.
 
     `deepzoo evaluate MODEL --help` tells all options: task, number of problems and answers,
-    sampling, text for the perplexity.
+    sampling, text for the perplexity. A shipped model is asked what its card says it can do.
 
-    Example: deepzoo evaluate v2-nano
+    Example: deepzoo evaluate r1-nano
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -43,7 +44,15 @@ def parse(args: Sequence[str]) -> Call:
     """
     if not args or args[0].startswith("-"):
         usage.parse(Evaluate, "evaluate", args[:1])
-    return Call((*args[1:], "--model", args[0]))
+    model, words = args[0], (*args[1:], "--model", args[0])
+    if catalog.shipped_directory(model) is not None and not _given("--task", words):
+        task = catalog.card(model).task
+        words += ("--task", task) if task else ()
+    return Call(words)
+
+
+def _given(flag: str, args: Sequence[str]) -> bool:
+    return any(a == flag or a.startswith(f"{flag}=") for a in args)
 
 
 def run(command: Call) -> int:
@@ -56,7 +65,7 @@ def run(command: Call) -> int:
     line = import_module("deepzoo.recipes.parts.main")
     args, name = command.args, "deepzoo evaluate MODEL"
     with tempfile.TemporaryDirectory(prefix="deepzoo-") as scratch:
-        if not any(a == "--out" or a.startswith("--out=") for a in args):
+        if not _given("--out", args):
             args = (*args, "--out", scratch, "--no-tensorboard")
         try:
             settings, out, options = line.parse(recipe.PRESETS, recipe.__doc__, args, name)
