@@ -9,8 +9,9 @@ A line of a search takes two values and writes down their sum, difference and pr
 
 First two of the numbers (and the other two, of four), then each result with what is left over. The
 order is that of the problem, so that no line comes twice, and a complete search of three numbers is
-12 lines. Of four numbers, chains such as ((a + b) * c) - d are followed only where the last number
-fits. `over` stands for what exceeds 99; a result of 0, or one that was there, is not followed.
+12 lines. Of four numbers, the results of the first pair also meet those of the second, which have
+been named by then; chains such as ((a + b) * c) - d are followed only where the last number fits.
+`over` stands for what exceeds 99; a result of 0, or one that was there, is not followed.
 
 Careless searches, which a base model learns, leave out where a value comes from (`2, 9: 11 7 18`).
 A small model that has to look it up in the end often takes another of the same value.
@@ -52,8 +53,9 @@ def search(
         named: whether lines say where their first value comes from.
     """
     written = set()
+    turns = ((1, 0), (0, 1)) if named else ((0, 1), (1, 0))  # where nothing is named, nothing waits
     for first, rest in (_divided(numbers)[i] for i in order):
-        for line in _of_division(target, first, rest):
+        for line in _of_division(target, first, rest, turns):
             text = line.text if named else _ORIGIN.sub("", line.text, 1)
             if text not in written:
                 yield line._replace(text=text)
@@ -66,7 +68,10 @@ _FROM = r"(?: = \(*[0-9]+\)*(?: [-+*] \(*[0-9]+\)*)+)"  # where a value comes fr
 _ORIGIN = re.compile(_FROM, re.ASCII)
 
 
-def _of_division(target: int, *sides: list[Node]) -> Iterator[Line]:
+def _of_division(
+    target: int, first: list[Node], rest: list[Node], turns: Sequence[tuple[int, int]]
+) -> Iterator[Line]:
+    sides = (first, rest)
     made: list[list[Node]] = []
     for side in sides:
         made.append([])
@@ -74,7 +79,7 @@ def _of_division(target: int, *sides: list[Node]) -> Iterator[Line]:
             line, results = _line(target, side[0], side[1:])
             yield line
             made[-1] = _followed(results)
-    for this, other in ((0, 1), (1, 0)):
+    for this, other in turns:
         for node in made[this]:
             partners = sides[other] + (made[other] if this == 0 else [])
             line, results = _line(target, node, partners)
