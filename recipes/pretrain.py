@@ -188,6 +188,16 @@ _STUDENT = Config(
     max_position_embeddings=countdown_tokenizer.LENGTH, initializer_range=0.05, bos_token_id=1,
     eos_token_id=2, dtype="float32",
 )  # fmt: skip
+_SMALL = dataclasses.replace(  # 64M parameters with the MTP layer; without it 56M, 23M active
+    _R1, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+    num_key_value_heads=8, initializer_range=0.02, q_lora_rank=256, kv_lora_rank=128,
+    qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, n_routed_experts=16,
+    num_experts_per_tok=4, moe_intermediate_size=256, n_group=4, topk_group=2,
+)  # fmt: skip
+_SMALL_STUDENT = dataclasses.replace(
+    _STUDENT, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+    num_key_value_heads=4, initializer_range=0.02,
+)  # fmt: skip
 
 
 def _from_scratch(name: str) -> Config:
@@ -207,11 +217,18 @@ _PAPER = Recipe(
 _COUNTDOWN = Recipe(
     config=_R1, corpus="countdown", steps=1200, length=512, balance=1e-4, bias_rate=0.003, mtp=0.3,
 )  # fmt: skip
+_COUNTDOWN_SMALL = dataclasses.replace(
+    _COUNTDOWN, config=_SMALL, steps=2000, rows=64, adam_rate=1e-3, compute="bfloat16"
+)
 PRESETS = {
     "nano": Recipe(config=_V2),  # zoo/pretrained/v2-nano
     "v3_nano": Recipe(config=_V3, balance=1e-4, bias_rate=0.003, mtp=0.3),
     "r1_nano": _COUNTDOWN,
     "student_nano": dataclasses.replace(_COUNTDOWN, config=_STUDENT, bias_rate=0.0, mtp=0.0),
+    "r1_small": _COUNTDOWN_SMALL,
+    "student_small": dataclasses.replace(
+        _COUNTDOWN_SMALL, config=_SMALL_STUDENT, bias_rate=0.0, mtp=0.0
+    ),
     "v2_lite": dataclasses.replace(
         _PAPER, config=_from_scratch("deepseek-v2-lite"), tokens=5.7e12, rows=4608, first_rows=0,
         growing=0.0, accumulate=576, adam_rate=4.2e-4, drops=(0.8, 0.9), balance=0.001, device=0.0,

@@ -31,7 +31,9 @@ Deviations:
   for answers that rules cannot check, are not public;
 * the cold start's traces are written by the task, not sampled from R1-Zero and edited by people;
 * nano: one kind of problems, Countdown, in all stages; for the consistency of language stands the
-  share of readable lines; the general data are sums, and requests that cannot be read.
+  share of readable lines; the general data are sums, and requests that cannot be read;
+* small, the same with 64M parameters, is meant for one GPU and was not run: its steps were compiled
+  for an H200 that was not there, see recipes/README.md.
 """
 
 import contextlib
@@ -43,6 +45,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from deepzoo import zoo
 from deepzoo.recipes import distill, evaluate, grpo, pretrain, reject, sft
 from deepzoo.recipes.parts import checkpoint
 from deepzoo.recipes.parts.clock import Clock
@@ -137,9 +140,14 @@ _RL = _open(
     scale="none", objective=Objective(clip_high=0.28, norm="token"), rate=2e-4, beta2=0.99,
     decay=0.5, format=0.2, slots=128, held_out=100, evaluate_every=0,
 )  # fmt: skip
-_RL_MORE = dataclasses.replace(_RL, language=0.2, steps=25, max_tokens=552)
-_SFT = _open(sft.PRESETS["nano"], samples=12000, epochs=2, length=576, rate=1e-3, held_out=0)
+_RL_MORE = dataclasses.replace(_RL, language=0.2, steps=12, max_tokens=552, rate=5e-5)
+_SFT = _open(  # of its 12,000 complete searches two are longer than a row
+    sft.PRESETS["nano"], samples=12000, epochs=2, length=576, overlong="drop", rate=1e-3,
+    held_out=0,
+)  # fmt: skip
 _ZERO = _open(grpo.PRESETS["r1_zero"])
+_SMALL: dict[str, Any] = {"prompts": 64, "rate": 5e-5, "slots": 512, "held_out": 500}
+_SFT_SMALL = dataclasses.replace(_SFT, samples=60000, rows=64, rate=3e-4, compute="bfloat16")
 PRESETS = {
     "nano": Recipe(
         evaluated=("countdown", "countdown-4", "countdown-unsolvable"), turns=0.2,
@@ -149,16 +157,35 @@ PRESETS = {
         rl_1=_RL_MORE,
         rejection=_open(
             reject.PRESETS["nano"], prompts=8000, answers=2, max_tokens=552, per_problem=1,
-            form=True, repeated=0.0, at_once=64, slots=128,
+            form=True, repeated=0.0, at_once=512, slots=128,
         ),
         fine_tuning=dataclasses.replace(_SFT, epochs=3, mtp=0.1),
         rl_2=_RL_MORE,
         student_base=pretrain.PRESETS["student_nano"],
         distillation=_open(
             distill.PRESETS["nano"], problems=5000, max_tokens=552, epochs=4, length=576,
-            rate=2e-3, slots=128, held_out=0,
+            overlong="drop", rate=2e-3, slots=128, held_out=0,
         ),
         student_rl=_RL,
+    ),
+    "small": Recipe(
+        evaluated=("countdown", "countdown-4", "countdown-unsolvable"), turns=0.2,
+        pretraining=pretrain.PRESETS["r1_small"],
+        zero=dataclasses.replace(_RL, steps=80, **_SMALL),
+        cold_start=_SFT_SMALL,
+        rl_1=dataclasses.replace(_RL_MORE, steps=40, **_SMALL),
+        rejection=_open(
+            reject.PRESETS["nano"], prompts=40000, answers=2, max_tokens=552, per_problem=1,
+            form=True, repeated=0.0, at_once=512, slots=512,
+        ),
+        fine_tuning=dataclasses.replace(_SFT_SMALL, mtp=0.1),
+        rl_2=dataclasses.replace(_RL_MORE, steps=40, **_SMALL),
+        student_base=pretrain.PRESETS["student_small"],
+        distillation=_open(
+            distill.PRESETS["nano"], epochs=3, length=576, overlong="drop", rows=64, rate=1e-3,
+            slots=512, max_tokens=552, held_out=0, compute="bfloat16",
+        ),
+        student_rl=dataclasses.replace(_RL, steps=80, **_SMALL), slots=512,
     ),
     "paper": Recipe(
         base="deepseek-v3-base", student="Qwen2.5-32B", task="jsonl", data="problems.jsonl",
@@ -191,7 +218,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Found:
     names = [stage.name for stage in stages]
     if recipe.until not in names:
         raise RequestError(f"--until {recipe.until}: expected one of {', '.join(names)}")
-    with Run(out, recipe, options, open=still_open(stages)) as run, ended_by_sigterm():
+    begun = Run(out, recipe, options, models=given(recipe), open=still_open(stages))
+    with begun as run, ended_by_sigterm():
         times = Clock(out / TIMES)
         stages = stages[: names.index(recipe.until) + 1]
         for stage in stages:
@@ -213,6 +241,12 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Found:
                 run.say(f"{stage.title}: {found[stage.name][measured(recipe)[0][0], '0.6']}")
         run.say(f"the report: {out / 'report.html'}")
     return found
+
+
+def given(recipe: Recipe) -> dict[str, Any]:
+    """Parameters of the models that the pipeline does not make itself, by their setting."""
+    names = {"base": recipe.base, "student": recipe.student}
+    return {setting: zoo.load(name).params for setting, name in names.items() if name}
 
 
 def plan(recipe: Recipe, out: Path) -> list[Stage]:
@@ -337,7 +371,7 @@ def judge(recipe: Recipe, stage: Stage, task: str, how: str, out: Path, options:
         template=getattr(asked_as or stage.settings, "template", ""), problems=recipe.problems,
         samples=recipe.samples if temperature else 1, passes=(1,), majorities=(),
         max_tokens=recipe.max_tokens, temperature=temperature, top_p=top_p, slots=recipe.slots,
-        seed=recipe.seed,
+        at_once=4 * recipe.slots, seed=recipe.seed,
     )  # fmt: skip
     evaluate.train(settings, out, dataclasses.replace(options, mesh="", quiet=True))
 
