@@ -156,7 +156,7 @@ PRESETS = {
         cold_start=_SFT,
         rl_1=_RL_MORE,
         rejection=_open(
-            reject.PRESETS["nano"], prompts=8000, answers=2, max_tokens=552, per_problem=1,
+            reject.PRESETS["nano"], prompts=10000, answers=1, max_tokens=552, per_problem=1,
             form=True, repeated=0.0, at_once=512, slots=128,
         ),
         fine_tuning=dataclasses.replace(_SFT, epochs=3, mtp=0.1),

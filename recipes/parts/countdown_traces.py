@@ -9,14 +9,8 @@ A line of a search takes two values and writes down their sum, difference and pr
 
 First two of the numbers (and the other two, of four), then each result with what is left over. The
 order is that of the problem, so that no line comes twice, and a complete search of three numbers is
-12 lines. `over` stands for what exceeds 99; a result of 0, or one that was there, is not followed.
-
-Four numbers begin with what three of them would have to make, for the last to make the target:
-
-    47 from 20: 27 67; 1: 46 48 47; 18: 29 65; 10: 37 57
-
-so that chains such as ((a + b) * c) - d are followed where a result is among it. Then the results
-of the first pair also meet those of the second, which have been named by then.
+12 lines. Of four numbers, chains such as ((a + b) * c) - d are followed only where the last number
+fits. `over` stands for what exceeds 99; a result of 0, or one that was there, is not followed.
 
 Careless searches, which a base model learns, leave out where a value comes from (`2, 9: 11 7 18`).
 A small model that has to look it up in the end often takes another of the same value.
@@ -58,11 +52,8 @@ def search(
         named: whether lines say where their first value comes from.
     """
     written = set()
-    if named and len(numbers) == 4:
-        yield Line(_wanted(target, numbers), None)
-    turns = ((1, 0), (0, 1)) if named else ((0, 1), (1, 0))  # where nothing is named, nothing waits
     for first, rest in (_divided(numbers)[i] for i in order):
-        for line in _of_division(target, first, rest, turns):
+        for line in _of_division(target, first, rest):
             text = line.text if named else _ORIGIN.sub("", line.text, 1)
             if text not in written:
                 yield line._replace(text=text)
@@ -75,10 +66,7 @@ _FROM = r"(?: = \(*[0-9]+\)*(?: [-+*] \(*[0-9]+\)*)+)"  # where a value comes fr
 _ORIGIN = re.compile(_FROM, re.ASCII)
 
 
-def _of_division(
-    target: int, first: list[Node], rest: list[Node], turns: Sequence[tuple[int, int]]
-) -> Iterator[Line]:
-    sides = (first, rest)
+def _of_division(target: int, *sides: list[Node]) -> Iterator[Line]:
     made: list[list[Node]] = []
     for side in sides:
         made.append([])
@@ -86,7 +74,7 @@ def _of_division(
             line, results = _line(target, side[0], side[1:])
             yield line
             made[-1] = _followed(results)
-    for this, other in turns:
+    for this, other in ((0, 1), (1, 0)):
         for node in made[this]:
             partners = sides[other] + (made[other] if this == 0 else [])
             line, results = _line(target, node, partners)
@@ -94,17 +82,6 @@ def _of_division(
             if len(sides[other]) == 2:
                 found = results[: 3 * len(_once(sides[other]))]
                 yield from _last(target, found, sides[other])
-
-
-def _wanted(target: int, numbers: Sequence[int]) -> str:
-    """What the other three have to make, for each number."""
-    parts = []
-    for number in dict.fromkeys(numbers):
-        values = [abs(target - number), target + number]
-        values += [] if target % number else [target // number]
-        shown = " ".join(str(v) for v in dict.fromkeys(values) if v <= LIMIT)
-        parts.append(f"{number}: {shown}")
-    return f"{target} from {'; '.join(parts)}"
 
 
 def _divided(numbers: Sequence[int]) -> list[tuple[list[Node], list[Node]]]:
@@ -173,17 +150,7 @@ def concluded(lines: Sequence[Line]) -> tuple[list[str], str]:
     texts, found = [line.text for line in lines], lines[-1].found
     if found is None:
         return [*texts, GIVE_UP], NONE
-    return [*texts, _conclusion(lines[-1].text, found)], formula(found)
-
-
-def _conclusion(line: str, found: Node) -> str:
-    """`18 = (6 - 4) * 9`, or `48 = (17 - 9) * 6, 6 = 20 - 14`, of the two pairs of a line."""
-    assert found.left is not None and found.right is not None
-    for head, partner in ((found.left, found.right), (found.right, found.left)):
-        if head.operator and partner.operator and line.startswith(f"{_made(head)}, "):
-            sides = (str(n.value) if n is partner else f"({formula(n)})" for n in found[2:])
-            return f"{found.value} = {f' {found.operator} '.join(sides)}, {_made(partner)}"
-    return _made(found)
+    return [*texts, _made(found)], formula(found)
 
 
 _LINE = re.compile(rf"([0-9]+){_FROM}?, (.+?)(?: yes)?", re.ASCII)
@@ -206,8 +173,7 @@ def steps_right(text: str) -> tuple[int, int]:
 _READABLE = re.compile(
     rf"[0-9]+{_FROM}?, [0-9]+:(?: [0-9]+| over){{1,3}}"
     r"(?:; [0-9]+:(?: [0-9]+| over){1,3}){0,4}(?: yes)?"
-    rf"|[0-9]+{_FROM}(?:, [0-9]+{_FROM})?"
-    r"|[0-9]+ from [0-9]+:(?: [0-9]+)+(?:; [0-9]+:(?: [0-9]+)+){0,3}"
+    rf"|[0-9]+{_FROM}"
     rf"|{re.escape(GIVE_UP)}",
     re.ASCII,
 )

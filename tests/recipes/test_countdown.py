@@ -175,18 +175,6 @@ def test_training_shows_no_numbers_that_are_held_out():
         assert given not in held[3] | held[4], text
 
 
-def check_goals(line, target, given):
-    """What the other three numbers have to make is all that the last one turns into the target."""
-    head, _, rest = line.partition(" from ")
-    assert int(head) == target
-    parts = dict(part.split(": ") for part in rest.split("; "))
-    assert list(map(int, parts)) == list(dict.fromkeys(given))
-    for number, values in parts.items():
-        n = int(number)
-        right = {v for v in range(100) if target in (v + n, abs(v - n), v * n)}
-        assert set(map(int, values.split())) == right
-
-
 @pytest.mark.parametrize("numbers", [3, 4])
 def test_every_search_is_right_complete_and_without_repeats(numbers):
     gave_up, longest = 0, 0
@@ -196,8 +184,6 @@ def test_every_search_is_right_complete_and_without_repeats(numbers):
         assert form is not None
         *lines, last = form[1].split("\n")
         assert len(set(lines)) == len(lines)
-        if numbers == 4:
-            check_goals(lines.pop(0), target, given)
         for line in lines:
             origin, _, rest = line.partition(", ")
             first, _, source = origin.partition(" = ")
@@ -219,15 +205,9 @@ def test_every_search_is_right_complete_and_without_repeats(numbers):
         assert value(form[2]) == target
         used = Counter(int(n) for n in re.findall("[0-9]+", form[2]))
         assert used <= Counter(given)
-        first, *more = last.split(", ")
-        if more:  # of two pairs: the second follows, as it was named before
-            assert any(line.startswith(f"{more[0]}, ") for line in lines)
-            assert f"({more[0].split(' = ')[1]})" in form[2]
-            assert value(first.split(" = ")[1]) == target
-        else:
-            assert first == f"{target} = {form[2]}"
+        assert last == f"{target} = {form[2]}"
     assert 20 < gave_up < 100
-    assert longest <= {3: 160, 4: LENGTH + 30}[numbers]  # r1 drops the few that are too long
+    assert longest <= {3: 160, 4: LENGTH - 20}[numbers]
 
 
 @pytest.mark.parametrize("name", TASKS)
