@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+import optax
 
 from deepzoo import zoo
 from deepzoo.recipes.parts import problems as tasks
@@ -45,12 +46,13 @@ from deepzoo.recipes.parts.records import DataError, read
 from deepzoo.recipes.parts.rollout import rollout, step_seed
 from deepzoo.recipes.parts.rows import Overlong, Rows
 from deepzoo.recipes.parts.run import Options, Run
-from deepzoo.recipes.parts.schedules import scaled, warmup_cosine
+from deepzoo.recipes.parts.schedules import Schedule, scaled, warmup_cosine
 from deepzoo.recipes.parts.step import Mean, Metrics, State, jitted, start, train_step
 from deepzoo.zoo.chat_formats import THINK
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.errors import RequestError
 from deepzoo.zoo.fingerprint import leaf_fingerprint
+from deepzoo.zoo.model import Params
 from deepzoo.zoo.prompt import encode, tokenizer_of
 from deepzoo.zoo.types import Model
 
@@ -161,20 +163,17 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
     if teacher is not None and recipe.mode != "hard":
         check_vocabularies(teacher, student)
     given = encoded(student, read(recipe.data), format=recipe.format) if recipe.data else None
-    facts: dict[str, Any] = {"student": leaf_fingerprint(student.params["embed_tokens"]["weight"])}
-    if teacher is not None:
-        facts["teacher"] = leaf_fingerprint(teacher.params["embed_tokens"]["weight"])
+    models = {} if teacher is None else {"teacher": teacher.params}
+    if recipe.student:
+        models["student"] = student.params
+    told: dict[str, Any] = {"models": models, "model": config, "tokenizer": student.tokenizer}
     if given is not None:
-        facts["data"] = leaf_fingerprint(given.tokens)
-    with Run(out, recipe, options, model=config, tokenizer=student.tokenizer, facts=facts) as run:
+        told["facts"] = {"data": leaf_fingerprint(given.tokens)}
+    with Run(out, recipe, options, **told) as run:
         batch, steps = batches(recipe, run, teacher, student, given)
-        factor = warmup_cosine(steps, round(recipe.warmup * steps), recipe.last)
-        optimiser = adamw(
-            split_bias(student.params)[0], scaled(recipe.rate, factor), decay=0.0,
-            state=recipe.moments,
-        )  # fmt: skip
-        state = run.state(lambda: start(student.params, optimiser, recipe.seed))
-        step = learner(recipe, optimiser, teacher, student, state)
+        tx = optimiser(recipe, student.params, steps)
+        state = run.state(lambda: start(student.params, tx, recipe.seed))
+        step = learner(recipe, tx, teacher, student, state)
 
         def whole(state: State) -> Model:
             return student._replace(params=with_bias(state.params, state.bias), source=None)
@@ -216,7 +215,8 @@ def load_teacher(recipe: Recipe) -> Model | None:
 def load_student(recipe: Recipe, teacher: Model | None) -> Model:
     """The student of `student`, or a fresh dense one with the teacher's token ids."""
     if recipe.student:
-        return zoo.load(recipe.student, dtype="float32", mtp=False, stacked=True)
+        how: dict[str, Any] = {"dtype": "float32", "quantized": False, "mtp": False}
+        return zoo.load(recipe.student, stacked=True, **how)
     assert teacher is not None
     of = teacher.config
     config = Config(
@@ -344,15 +344,25 @@ def prompts(recipe: Recipe, student: Model, given: Documents | None, step: int) 
     ]
 
 
+def rate(recipe: Recipe, steps: int) -> Schedule:
+    """Step -> learning rate."""
+    return scaled(recipe.rate, warmup_cosine(steps, round(recipe.warmup * steps), recipe.last))
+
+
+def optimiser(recipe: Recipe, params: Params, steps: int) -> optax.GradientTransformation:
+    """Of a run of `steps`; `params` are the student's, or shapes."""
+    return adamw(split_bias(params)[0], rate(recipe, steps), decay=0.0, state=recipe.moments)
+
+
 def learner(
-    recipe: Recipe, optimiser, teacher: Model | None, student: Model, state: State
+    recipe: Recipe, tx, teacher: Model | None, student: Model, state: State
 ) -> Callable[..., tuple[State, Metrics]]:
     """(state, batch) -> (state, metrics) of the mode."""
     config = student.config
     compute = None if recipe.compute == "float32" else recipe.compute
     if recipe.mode == "hard":
         loss = next_token(config, remat=recipe.remat)
-        step = train_step(loss, optimiser, recipe.accumulate, clip=recipe.clip, compute=compute)
+        step = train_step(loss, tx, recipe.accumulate, clip=recipe.clip, compute=compute)
         return jitted(step, state)
     assert teacher is not None
     loss = divergence(
@@ -360,7 +370,7 @@ def learner(
         temperature=recipe.temperature, remat=recipe.remat,
     )  # fmt: skip
     step = train_step(
-        loss, optimiser, recipe.accumulate, clip=recipe.clip, compute=compute, combine=with_teacher
+        loss, tx, recipe.accumulate, clip=recipe.clip, compute=compute, combine=with_teacher
     )
     update = functools.partial(jitted(step, state), frozen=teacher.params)
     if recipe.mode == "logits":

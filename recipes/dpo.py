@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from deepzoo import zoo
 from deepzoo.recipes.parts import problems as tasks
@@ -32,13 +33,13 @@ from deepzoo.recipes.parts.documents import pair
 from deepzoo.recipes.parts.flops import flops_per_token
 from deepzoo.recipes.parts.logprobs import score
 from deepzoo.recipes.parts.main import main
-from deepzoo.recipes.parts.mtp import with_mtp
+from deepzoo.recipes.parts.mtp import loaded, with_mtp
 from deepzoo.recipes.parts.optim import adamw
 from deepzoo.recipes.parts.records import DataError, read
 from deepzoo.recipes.parts.rollout import rollout, step_seed
 from deepzoo.recipes.parts.run import Options, Run
-from deepzoo.recipes.parts.schedules import scaled, warmup_cosine
-from deepzoo.recipes.parts.step import Loss, Output, State, jitted, start, train_step
+from deepzoo.recipes.parts.schedules import Schedule, scaled, warmup_cosine
+from deepzoo.recipes.parts.step import Loss, Output, State, Step, jitted, start, train_step
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.fingerprint import leaf_fingerprint
 from deepzoo.zoo.prompt import encode, tokenizer_of
@@ -113,21 +114,17 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
     Raises:
         DataError: the data cannot be used; or the model's answers hold no pair.
     """
-    model = zoo.load(recipe.model, dtype="float32", mtp=False, stacked=True)
+    model, aside = loaded(recipe.model, dtype="float32", quantized=False)
     config = model.config
     made = from_records(recipe, model) if recipe.data else from_answers(recipe, model)
     count = len(made["tokens"])
     steps = -(-count * recipe.epochs // recipe.pairs)
-    factor = warmup_cosine(steps, round(recipe.warmup * steps), recipe.last)
-    optimiser = adamw(split_bias(model.params)[0], scaled(recipe.rate, factor), decay=0.0)
-    step = train_step(
-        preference(config, beta=recipe.beta, nll=recipe.nll, remat=recipe.remat), optimiser,
-        recipe.accumulate, clip=recipe.clip,
-    )  # fmt: skip
+    step, tx = learner(recipe, config, steps)
     reference = reference_logprobs(config, model.params, made, recipe.pairs)
     facts = {"pairs": count, "data": leaf_fingerprint(made["tokens"])}
-    with Run(out, recipe, options, model=config, tokenizer=model.tokenizer, facts=facts) as run:
-        state = run.state(lambda: start(model.params, optimiser, recipe.seed))
+    told: dict[str, Any] = {"facts": facts, "models": {"model": model.params | aside}}
+    with Run(out, recipe, options, model=config, tokenizer=model.tokenizer, **told) as run:
+        state = run.state(lambda: start(model.params, tx, recipe.seed))
 
         def batch(at: int) -> dict[str, np.ndarray]:
             import grain
@@ -153,9 +150,24 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             jitted(step, state), state, batch, steps, on=hooks,
             tokens=2 * recipe.pairs * recipe.length, flops=flops_per_token(config, recipe.length),
         )  # fmt: skip
-        trained = with_mtp(whole(state), recipe.model)
+        trained = with_mtp(whole(state), aside)
         path = run.product("model", lambda path: zoo.save_hf(trained, path))
     return zoo.load(path, dtype="float32")
+
+
+def rate(recipe: Recipe, steps: int) -> Schedule:
+    """Step -> learning rate."""
+    return scaled(recipe.rate, warmup_cosine(steps, round(recipe.warmup * steps), recipe.last))
+
+
+def learner(
+    recipe: Recipe, config: Config, steps: int
+) -> tuple[Step, optax.GradientTransformation]:
+    """The step and its optimiser, of a run of `steps`."""
+    shape = zoo.abstract(dataclasses.replace(config, dtype="float32"))
+    tx = adamw(split_bias(shape)[0], rate(recipe, steps), decay=0.0)
+    loss = preference(config, beta=recipe.beta, nll=recipe.nll, remat=recipe.remat)
+    return train_step(loss, tx, recipe.accumulate, clip=recipe.clip), tx
 
 
 def preference(config: Config, *, beta: float, nll: float = 0.0, remat: bool = False) -> Loss:

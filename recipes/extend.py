@@ -49,12 +49,13 @@ from deepzoo.recipes.parts.documents import Documents, encoded, pair
 from deepzoo.recipes.parts.flops import flops_per_token
 from deepzoo.recipes.parts.losses import Balance, next_token
 from deepzoo.recipes.parts.main import main
+from deepzoo.recipes.parts.mtp import loaded, with_mtp
 from deepzoo.recipes.parts.optim import Bytes, adamw
 from deepzoo.recipes.parts.packing import pack
 from deepzoo.recipes.parts.records import DataError, Records, read
 from deepzoo.recipes.parts.rows import Rows
 from deepzoo.recipes.parts.run import Options, Run
-from deepzoo.recipes.parts.schedules import scaled, warmup_constant_decay
+from deepzoo.recipes.parts.schedules import Schedule, scaled, warmup_constant_decay
 from deepzoo.recipes.parts.step import State, Step, cast, jitted, start, train_step
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.errors import RequestError
@@ -163,13 +164,13 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         RequestError: the settings contradict each other or the model.
     """
     check(recipe)
-    model, aside, layers = load(recipe)
+    model, aside = loaded(recipe.model, recipe.mtp, dtype="float32", quantized=False)
     before, tokenizer = model.config, tokenizer_of(model)
     config = extended(before, recipe)
     phases, held, facts = data(recipe, model._replace(params={}), config)
-    facts["model"] = leaf_fingerprint(model.params["embed_tokens"]["weight"])
     step, tx = learner(recipe, config)
-    with Run(out, recipe, options, model=config, tokenizer=tokenizer, facts=facts) as run:
+    told: dict[str, Any] = {"facts": facts, "models": {"model": model.params | aside}}
+    with Run(out, recipe, options, model=config, tokenizer=tokenizer, **told) as run:
 
         def measured(config: Config, params: Params) -> np.ndarray:
             assert held is not None
@@ -204,8 +205,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             )
             begin += count
         params = with_bias(state.params, state.bias)
-        whole = dataclasses.replace(config, num_nextn_predict_layers=layers)
-        longer = model._replace(config=whole, params=params | aside)
+        longer = with_mtp(model._replace(config=config, params=params), aside)
         path = run.product("model", lambda path: zoo.save_hf(longer, path))
         if held is not None:
             found.append(measured(config, params))
@@ -241,26 +241,6 @@ def check(recipe: Recipe) -> None:
         )
     if recipe.held_out and not recipe.data:
         raise RequestError("--held-out goes with --data; a task has held-out problems of its own")
-
-
-def load(recipe: Recipe) -> tuple[Model, Params, int]:
-    """(what is trained, MTP layers that are not, how many of them the model has).
-
-    Raises:
-        RequestError: `mtp` for a model without such layers.
-    """
-    model = zoo.load(recipe.model, dtype="float32", quantized=False, stacked=True)
-    layers = model.config.num_nextn_predict_layers
-    if recipe.mtp:
-        if not layers:
-            raise RequestError(
-                f"--mtp {recipe.mtp}: {recipe.model} has no MTP layer to train; use --mtp 0"
-            )
-        return model, {}, layers
-    aside = {k: v for k, v in model.params.items() if k == "mtp"}
-    trained = {k: v for k, v in model.params.items() if k != "mtp"}
-    config = dataclasses.replace(model.config, num_nextn_predict_layers=0)
-    return model._replace(config=config, params=trained), aside, layers
 
 
 def extended(config: Config, recipe: Recipe) -> Config:
@@ -308,13 +288,16 @@ def _plain(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
+def rate(recipe: Recipe) -> Schedule:
+    """Step of all phases -> learning rate."""
+    factor = warmup_constant_decay(sum(recipe.batches), recipe.warmup, recipe.decay)
+    return scaled(recipe.rate, factor)
+
+
 def learner(recipe: Recipe, config: Config) -> tuple[Step, optax.GradientTransformation]:
     """The step, the same for all phases, and its optimiser."""
     shape, _ = split_bias(zoo.abstract(dataclasses.replace(config, dtype="float32")))
-    factor = warmup_constant_decay(sum(recipe.batches), recipe.warmup, recipe.decay)
-    tx = adamw(
-        shape, scaled(recipe.rate, factor), decay=recipe.weight_decay, state=recipe.moments
-    )  # fmt: skip
+    tx = adamw(shape, rate(recipe), decay=recipe.weight_decay, state=recipe.moments)
     even = Balance(expert=recipe.balance, device=recipe.device, communication=recipe.communication)
     step = train_step(
         next_token(config, balance=even, mtp=recipe.mtp, remat=recipe.remat),

@@ -43,6 +43,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from deepzoo import zoo
 from deepzoo.recipes.parts import problems as tasks
@@ -53,18 +54,19 @@ from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.flops import flops_per_token
 from deepzoo.recipes.parts.logprobs import score
 from deepzoo.recipes.parts.main import main
-from deepzoo.recipes.parts.mtp import with_mtp
+from deepzoo.recipes.parts.mtp import loaded, with_mtp
 from deepzoo.recipes.parts.optim import adamw
 from deepzoo.recipes.parts.policy import Objective, policy_loss
 from deepzoo.recipes.parts.problems import Problem, Task
 from deepzoo.recipes.parts.rollout import Trajectories, rollout, step_seed
 from deepzoo.recipes.parts.run import Options, Run
-from deepzoo.recipes.parts.schedules import scaled, warmup_constant_decay
+from deepzoo.recipes.parts.schedules import Schedule, scaled, warmup_constant_decay
 from deepzoo.recipes.parts.step import (
     Loss,
     Mean,
     Metrics,
     State,
+    Step,
     jitted,
     several,
     start,
@@ -72,6 +74,7 @@ from deepzoo.recipes.parts.step import (
 )
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.errors import RequestError
+from deepzoo.zoo.model import Params
 from deepzoo.zoo.prompt import encode, tokenizer_of
 from deepzoo.zoo.types import Model
 
@@ -200,7 +203,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         DataError: a problem cannot be used; with file and line.
         SandboxUnavailable: problems need programs to be run, which cannot be isolated here.
     """
-    model = zoo.load(recipe.model, dtype="float32", mtp=False, stacked=True)
+    model, aside = loaded(recipe.model, dtype="float32", quantized=False)
     _check(recipe, model)
     task = tasks.task(
         recipe.task, recipe.data, template=recipe.template, language=recipe.target_language
@@ -208,16 +211,19 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
     config = model.config
 
     def initial() -> State:
-        state = start(model.params, optimiser, recipe.seed)
+        state = start(model.params, tx, recipe.seed)
         if recipe.objective.beta:
             return state._replace(extra={"reference": jax.tree.map(jnp.copy, state.params)})
         return state
 
-    optimiser = _optimiser(recipe, split_bias(zoo.abstract(config))[0])
-    facts = {"problems": task.fingerprint}
-    with Run(out, recipe, options, model=config, tokenizer=model.tokenizer, facts=facts) as run:
+    tx = _optimiser(recipe, split_bias(zoo.abstract(config))[0])
+    told = {
+        "facts": {"problems": task.fingerprint}, "models": {"model": model.params | aside},
+        "model": config, "tokenizer": model.tokenizer,
+    }  # fmt: skip
+    with Run(out, recipe, options, **told) as run:
         state = run.state(initial)
-        step = learner(recipe, model, task, optimiser, state, run.spread)
+        step = learner(recipe, model, task, tx, state, run.spread)
 
         def whole(state: State) -> Model:
             return model._replace(params=with_bias(state.params, state.bias), source=None)
@@ -243,13 +249,13 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             tokens=recipe.prompts * recipe.answers * recipe.max_tokens,
             flops=flops_per_token(config, recipe.max_tokens),
         )  # fmt: skip
-        trained = with_mtp(whole(state), recipe.model)
+        trained = with_mtp(whole(state), aside)
         path = run.product("model", lambda path: zoo.save_hf(trained, path))
     return zoo.load(path, dtype="float32")
 
 
 def learner(
-    recipe: Recipe, model: Model, task: Task, optimiser, like: State, spread: Callable
+    recipe: Recipe, model: Model, task: Task, tx, like: State, spread: Callable
 ) -> Callable:
     """(state, problems) -> (state, metrics): one rollout and its updates.
 
@@ -257,8 +263,7 @@ def learner(
     """
     config, objective = model.config, recipe.objective
     width = recipe.prompt_tokens + recipe.max_tokens
-    one = train_step(learning(recipe, config), optimiser, recipe.accumulate, clip=recipe.clip)
-    update = several(jitted(one, like))
+    update = several(jitted(updating(recipe, config, tx), like))
 
     @functools.partial(jax.jit, static_argnames="temperature")
     def micro(params, tokens, temperature: float):
@@ -327,6 +332,11 @@ def learner(
         return state, metrics
 
     return step
+
+
+def updating(recipe: Recipe, config: Config, tx: optax.GradientTransformation) -> Step:
+    """(state, a mini-batch) -> (state, metrics)."""
+    return train_step(learning(recipe, config), tx, recipe.accumulate, clip=recipe.clip)
 
 
 def learning(recipe: Recipe, config: Config) -> Loss:
@@ -469,11 +479,15 @@ def _check_learnable(recipe: Recipe, model: Model, task: Task) -> None:
         )
 
 
-def _optimiser(recipe: Recipe, shape):
+def rate(recipe: Recipe) -> Schedule:
+    """Update -> learning rate."""
     updates = recipe.steps * recipe.minibatches
-    factor = warmup_constant_decay(updates, recipe.warmup, recipe.decay)
-    rate = scaled(recipe.rate, factor)
-    return adamw(shape, rate, decay=0.0, b1=recipe.beta1, b2=recipe.beta2)
+    return scaled(recipe.rate, warmup_constant_decay(updates, recipe.warmup, recipe.decay))
+
+
+def _optimiser(recipe: Recipe, params: Params) -> optax.GradientTransformation:
+    """Of the policy; `params` are its parameters or shapes, without router biases."""
+    return adamw(params, rate(recipe), decay=0.0, b1=recipe.beta1, b2=recipe.beta2)
 
 
 if __name__ == "__main__":

@@ -97,8 +97,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> dict[str
     model = zoo.load(recipe.model, dtype="float32", mtp=False, stacked=False)
     task = tasks.task(recipe.task, recipe.data, language=recipe.target_language)
     problems = tasks.batch(task.problems, recipe.prompts, recipe.seed)
-    facts = {"model": answers.digest(model), "problems": task.fingerprint}
-    with Run(out, recipe, options, facts=facts) as run:
+    facts, models = {"problems": task.fingerprint}, {"model": model.params}
+    with Run(out, recipe, options, facts=facts, models=models) as run:
         answers.sample(
             run, model, task, problems, answers=recipe.answers, at_once=recipe.at_once,
             max_tokens=recipe.max_tokens, temperature=recipe.temperature, top_p=recipe.top_p,

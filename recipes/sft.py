@@ -34,15 +34,16 @@ from deepzoo.recipes.parts.documents import Documents, documents, encoded, pair
 from deepzoo.recipes.parts.flops import flops_per_token
 from deepzoo.recipes.parts.losses import next_token
 from deepzoo.recipes.parts.main import main
-from deepzoo.recipes.parts.mtp import with_mtp
+from deepzoo.recipes.parts.mtp import loaded, with_mtp
 from deepzoo.recipes.parts.optim import Bytes, adamw
 from deepzoo.recipes.parts.records import DataError, read
 from deepzoo.recipes.parts.rows import Overlong, Rows
 from deepzoo.recipes.parts.run import Options, Run
-from deepzoo.recipes.parts.schedules import scaled, warmup_cosine
+from deepzoo.recipes.parts.schedules import Schedule, scaled, warmup_cosine
 from deepzoo.recipes.parts.step import State, jitted, start, train_step
 from deepzoo.zoo.errors import RequestError
 from deepzoo.zoo.fingerprint import leaf_fingerprint
+from deepzoo.zoo.model import Params
 from deepzoo.zoo.types import Model
 
 
@@ -127,13 +128,14 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         DataError: the data cannot be used; with file and line.
         RequestError: `mtp` with low-rank adapters, or for a model without MTP layers.
     """
+    if recipe.mtp and recipe.lora_rank:
+        raise RequestError(
+            f"--mtp {recipe.mtp}: low-rank adapters leave no MTP layer to train; use --mtp 0"
+        )
     # Frozen parameters need no float32 master copy; FP8 weights and their scales stay as they are.
-    dtype = recipe.compute if recipe.lora_rank else "float32"
-    model = zoo.load(recipe.model, dtype=dtype, mtp=bool(recipe.mtp), stacked=True)
+    dtype, frozen = recipe.compute if recipe.lora_rank else "float32", recipe.lora_rank > 0
+    model, aside = loaded(recipe.model, recipe.mtp, dtype=dtype, quantized=frozen)
     config = model.config
-    if recipe.mtp and (recipe.lora_rank or not config.num_nextn_predict_layers):
-        told = "low-rank adapters leave" if recipe.lora_rank else f"{recipe.model} has"
-        raise RequestError(f"--mtp {recipe.mtp}: {told} no MTP layer to train; use --mtp 0")
     made = samples(recipe, model)
     rows = Rows(
         made, rows=recipe.rows, length=recipe.length, split=recipe.split, masked=recipe.masked,
@@ -144,17 +146,14 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
     if recipe.lora_rank:
         key = jax.random.key(recipe.seed)
         trained = lora.init(config, recipe.lora_rank, recipe.lora_targets, key)
-    factor = warmup_cosine(steps, round(recipe.warmup * steps), recipe.last)
-    optimiser = adamw(
-        split_bias(trained)[0], scaled(recipe.rate, factor), decay=recipe.weight_decay,
-        state=recipe.moments,
-    )  # fmt: skip
+    tx = optimiser(recipe, trained, steps)
     facts = {"tokens": int(made.starts[-1]), "data": leaf_fingerprint(made.tokens)}
-    if recipe.lora_rank:  # the checkpoints hold the adapters alone
-        facts["model"] = leaf_fingerprint(model.params["embed_tokens"]["weight"])
-    whole_model = {"model": None if recipe.lora_rank else config, "tokenizer": model.tokenizer}
-    with Run(out, recipe, options, facts=facts, **whole_model) as run:
-        state = run.state(lambda: start(trained, optimiser, recipe.seed))
+    told = {
+        "facts": facts, "models": {"model": model.params | aside}, "tokenizer": model.tokenizer,
+        "model": None if recipe.lora_rank else config,  # checkpoints hold the adapters alone
+    }  # fmt: skip
+    with Run(out, recipe, options, **told) as run:
+        state = run.state(lambda: start(trained, tx, recipe.seed))
 
         def whole(state: State) -> Model:
             params = with_bias(state.params, state.bias)
@@ -173,11 +172,11 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         if recipe.held_out and recipe.task:
             hooks.append(run.every(recipe.evaluate_every, held_out, last=True))
         state = run.fit(
-            learner(recipe, model, optimiser, state), state, rows, steps, on=hooks,
+            learner(recipe, model, tx, state), state, rows, steps, on=hooks,
             tokens=recipe.rows * recipe.length,
             flops=flops_per_token(config, recipe.length, mtp=bool(recipe.mtp)),
         )  # fmt: skip
-        complete = whole(state) if recipe.mtp else with_mtp(whole(state), recipe.model)
+        complete = with_mtp(whole(state), aside)
         path = run.product("model", lambda path: zoo.save_hf(complete, path))
         if recipe.lora_rank:
             adapter = functools.partial(
@@ -187,14 +186,26 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
     return zoo.load(path, dtype="float32")
 
 
+def rate(recipe: Recipe, steps: int) -> Schedule:
+    """Step -> learning rate."""
+    return scaled(recipe.rate, warmup_cosine(steps, round(recipe.warmup * steps), recipe.last))
+
+
+def optimiser(recipe: Recipe, params: Params, steps: int) -> optax.GradientTransformation:
+    """Of a run of `steps`; `params` may be shapes."""
+    return adamw(
+        split_bias(params)[0], rate(recipe, steps), decay=recipe.weight_decay, state=recipe.moments
+    )
+
+
 def learner(
-    recipe: Recipe, model: Model, optimiser: optax.GradientTransformation, state: State
+    recipe: Recipe, model: Model, tx: optax.GradientTransformation, state: State
 ) -> Callable:
     """(state, batch) -> (state, metrics) of the whole model or of its adapters."""
     loss = next_token(model.config, mtp=recipe.mtp, remat=recipe.remat)
     combine = lora.combine(recipe.lora_alpha, recipe.lora_rank) if recipe.lora_rank else None
     step = train_step(
-        loss, optimiser, recipe.accumulate, clip=recipe.clip, combine=combine,
+        loss, tx, recipe.accumulate, clip=recipe.clip, combine=combine,
         compute=None if recipe.compute == "float32" else recipe.compute,
     )  # fmt: skip
     if not recipe.lora_rank:

@@ -6,6 +6,8 @@ is, and other accidents pass with a chance of about 2^-64. They are no defence a
 wants two arrays to agree: compare hashes of the files for that.
 """
 
+import hashlib
+import json
 from typing import Any
 
 import jax
@@ -26,6 +28,12 @@ def fingerprint(tree: Any) -> dict[str, str]:
     scalars. Nothing is gathered or copied.
     """
     return {name: leaf_fingerprint(leaf) for name, leaf in named(tree).items()}
+
+
+def digest(tree: Any) -> str:
+    """32 hex digits for all of a tree, such as a model's parameters."""
+    text = json.dumps(fingerprint(tree), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def leaf_fingerprint(leaf: Any) -> str:

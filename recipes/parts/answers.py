@@ -4,7 +4,6 @@ A batch of problems is a step of the run: `answers/00000012.jsonl` holds those o
 a pure function of the settings and the step, so a run that was ended writes the same files again.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,6 @@ from deepzoo.recipes.parts.problems import Problem, Task
 from deepzoo.recipes.parts.rollout import rollout, step_seed
 from deepzoo.recipes.parts.run import Run
 from deepzoo.recipes.parts.step import Mean, Metrics, State, start
-from deepzoo.zoo.fingerprint import fingerprint
 from deepzoo.zoo.prompt import encode, tokenizer_of
 from deepzoo.zoo.types import Model
 
@@ -138,12 +136,6 @@ def made(out: Path) -> Iterator[Answer]:
         with path.open(encoding="utf-8") as file:
             for line in file:
                 yield Answer(**json.loads(line))
-
-
-def digest(model: Model) -> str:
-    """Fingerprint of a model's parameters, to tell whether a run goes on with the same one."""
-    text = json.dumps(fingerprint(model.params), sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _path(out: Path, step: int) -> Path:

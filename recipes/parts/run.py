@@ -34,6 +34,7 @@ from deepzoo.recipes.parts.settings import differences, plain
 from deepzoo.recipes.parts.step import Batch, Metrics, State, Step
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.errors import CheckpointError, RequestError
+from deepzoo.zoo.fingerprint import digest
 
 if TYPE_CHECKING:
     from deepzoo.zoo.tokenizer import Tokenizer
@@ -92,6 +93,7 @@ class Run:
         model: Config | None = None,
         tokenizer: "Tokenizer | None" = None,
         facts: Mapping[str, Any] | None = None,
+        models: Mapping[str, Any] | None = None,
         open: Collection[str] = (),
     ):
         """
@@ -103,13 +105,16 @@ class Run:
                 that `zoo.load` reads.
             tokenizer: saved with the model.
             facts: further values that must be the same on resuming, such as the fingerprint of a
-                frozen model or a data set.
+                data set.
+            models: setting that names a model -> its parameters as they were loaded; the same name
+                with other weights is refused on resuming.
             open: settings that may still change, because nothing depends on them yet.
         """
         self.out, self.options = Path(out).expanduser().resolve(), options or Options()
         self.missed = 0
         self._told = {"recipe": type(recipe).__module__, "settings": plain(recipe)}
         self._told |= {"facts": plain(facts or {})}
+        self._told |= {"models": {name: digest(p) for name, p in (models or {}).items()}}
         self._model, self._tokenizer, self._open = model, tokenizer, frozenset(open)
         self._folder = self.out / _CHECKPOINTS
         self._ending = False
@@ -119,10 +124,10 @@ class Run:
         self._before: Any = None
 
     def __enter__(self) -> Self:
-        """Locks the directory and compares the settings with those it was begun with.
+        """Locks the directory and compares settings and models with those it was begun with.
 
         Raises:
-            RequestError: somebody else uses it, it holds something else, or the settings differ.
+            RequestError: somebody else uses it, it holds something else, or they differ.
         """
         for name in ("save_every", "save_minutes", "keep", "log_every"):
             if (value := getattr(self.options, name)) < 0:
@@ -325,8 +330,10 @@ class Run:
             return
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
-            parts = {k: (before[k], now[k]) for k in ("settings", "facts")}
-            found = {k: v for old, new in parts.values() for k, v in differences(old, new).items()}
+            found = differences(before["settings"], now["settings"])
+            facts = _of_both(before["facts"], now["facts"])
+            found |= {k: v for k, v in facts.items() if k not in found}
+            models = _of_both(before.get("models", {}), now["models"])
         except (ValueError, KeyError, TypeError, AttributeError):
             raise RequestError(f"{path}: is damaged; give a new directory") from None
         was, ours = before.get("recipe"), now["recipe"]
@@ -340,8 +347,13 @@ class Run:
                 f"{self.out}: was begun with other settings ({'; '.join(told[:10])}{more}); take"
                 " those, or give a new directory"
             )
-        if any(k.partition(".")[0] in self._open for k in found):
-            self._write_settings(before | {"settings": now["settings"]})
+        for name in [k for k in models if k not in free]:
+            raise RequestError(
+                f"{self.out}: --{name} {now['settings'].get(name)} holds other weights than when"
+                " this run was begun; put those back, or give a new directory"
+            )
+        if any(k.partition(".")[0] in self._open for k in [*found, *models]):
+            self._write_settings(before | {k: now[k] for k in ("settings", "models")})
 
     def _write_settings(self, told: Mapping[str, Any]) -> None:
         partial = self.out / _PARTIAL
@@ -358,6 +370,12 @@ class Run:
     def _finish(self, path: Path) -> None:
         if self._tokenizer is not None:
             self._tokenizer.save(path)
+
+
+def _of_both(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Differences between what both know: another version of this program takes note of others."""
+    both = before.keys() & now.keys()
+    return differences({k: before[k] for k in both}, {k: now[k] for k in both})
 
 
 def _lock(out: Path) -> int:

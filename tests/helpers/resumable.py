@@ -54,6 +54,7 @@ from pathlib import Path
 from deepzoo.recipes.parts import checkpoint
 from deepzoo.recipes.parts.log import Log
 from deepzoo.recipes.parts.run import Options
+from deepzoo import zoo
 from deepzoo.zoo import trees
 from deepzoo.zoo.cli import recipes
 from deepzoo.zoo.errors import DeepzooError
@@ -147,11 +148,29 @@ options = Options(
     save_every=plan["save_every"], save_minutes=0, keep=plan["keep"], log_every=1, quiet=False
 )
 {source}
-if plan.get("changed"):
+def refused(settings):
     try:
-        train(eval(plan["changed"]), out, options)
+        train(settings, out, options)
     except DeepzooError as error:
         print("refused:", error, file=sys.stderr)
+    else:
+        sys.exit("it was not refused")
+
+
+def retrained(*args, load=zoo.load, **how):
+    import jax
+
+    model = load(*args, **how)
+    (*leaves, last), tree = jax.tree.flatten(model.params)
+    return model._replace(params=jax.tree.unflatten(tree, [*leaves, last + 1]))
+
+
+if plan.get("changed"):
+    refused(eval(plan["changed"]))
+    if any(getattr(recipe, name, "") for name in ("model", "base", "teacher", "student")):
+        load, zoo.load = zoo.load, retrained
+        refused(recipe)
+        zoo.load = load
 try:
     train(recipe, out, options)
 except DeepzooError as error:
@@ -292,9 +311,13 @@ def check(
         step = newest(broken) or 0
     before = newest(broken)
     told = case.run(broken, changed=case.changed)
-    refused = next(line for line in told.splitlines() if line.startswith("refused: "))
-    assert "was begun with other settings" in refused
-    assert case.told in refused
+    refused = [line for line in told.splitlines() if line.startswith("refused: ")]
+    assert "was begun with other settings" in refused[0]
+    assert case.told in refused[0]
+    from_a_model = "copied(" in case.source and 'copied("pretrain")' not in case.source
+    assert len(refused) == 1 + from_a_model
+    if from_a_model:  # its name is the same, its weights are others
+        assert "holds other weights than when this run was begun; put those back" in refused[1]
     assert before is None or f"going on from step {before}" in told
     compare(whole, broken)
     return broken

@@ -8,7 +8,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from golden import GOLDEN
 
 from deepzoo import zoo
 from deepzoo.recipes import grpo, sft
@@ -18,7 +17,6 @@ from deepzoo.recipes.parts import tasks as arithmetic
 from deepzoo.recipes.parts.accuracy import measure
 from deepzoo.recipes.parts.log import read_metrics
 from deepzoo.recipes.parts.logprobs import score
-from deepzoo.recipes.parts.mtp import with_mtp
 from deepzoo.recipes.parts.policy import Objective
 from deepzoo.recipes.parts.rollout import Trajectories, rollout
 from deepzoo.recipes.parts.run import Options
@@ -192,24 +190,6 @@ def test_what_cannot_go_well_is_refused_before_anything_is_learned(tmp_path, cha
     with pytest.raises(RequestError, match=told):
         run(tmp_path, **changes)
     assert not (tmp_path / "run" / "model").exists()
-
-
-def test_layers_that_draft_are_saved_as_they_were(tmp_path):
-    """Training leaves the MTP layer out; the product has it again, beside what was trained."""
-    before = zoo.load(GOLDEN / "v3_like", dtype="float32", stacked=True)
-    dropped = zoo.load(GOLDEN / "v3_like", dtype="float32", mtp=False, stacked=True)
-    assert "mtp" not in dropped.params
-    trained = dropped._replace(params=jax.tree.map(lambda a: a + 1, dropped.params))
-    zoo.save_hf(with_mtp(trained, str(GOLDEN / "v3_like")), tmp_path / "model")
-    after = zoo.load(tmp_path / "model", dtype="float32", stacked=True)
-    assert after.config.num_nextn_predict_layers == 1
-    assert jax.tree.all(jax.tree.map(np.array_equal, after.params["mtp"], before.params["mtp"]))
-    rest = {k: v for k, v in after.params.items() if k != "mtp"}
-    assert jax.tree.all(jax.tree.map(np.array_equal, rest, trained.params))
-
-
-def test_models_without_such_layers_are_left_alone(model):
-    assert with_mtp(model, "v2-nano") is model
 
 
 def test_problems_from_a_file(tmp_path):

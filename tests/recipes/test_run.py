@@ -36,6 +36,11 @@ class Recipe:
     seed: int = 0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Started:
+    model: str
+
+
 def loss(params, batch, key) -> Output:
     del key
     bad = jnp.where(batch["bad"], jnp.nan, 0.0)
@@ -100,6 +105,33 @@ def test_other_settings_are_refused_field_by_field(tmp_path: Path):
     saved = json.loads(before)
     assert saved["settings"] == {"steps": 6, "rate": 0.1, "sizes": [1, 2], "seed": 0}
     assert saved["versions"]["jax"] == jax.__version__
+
+
+def test_other_weights_under_the_same_name_are_refused(tmp_path: Path):
+    def begun(model: str, weights: float, **how: Any) -> Run:
+        params = {"w": jnp.full(3, weights), "norm": {"weight": jnp.ones(2)}}
+        return Run(tmp_path / "run", Started(model=model), models={"model": params}, **how)
+
+    with begun("base", 1.0):
+        pass
+    before = (tmp_path / "run" / "recipe.json").read_text()
+    with begun("base", 1.0):
+        pass
+    told = "--model base holds other weights than when this run was begun; put those back, or give"
+    with pytest.raises(RequestError, match=told):
+        begun("base", 2.0).__enter__()
+    with pytest.raises(RequestError, match="model: 'base' -> 'other'"):
+        begun("other", 2.0).__enter__()
+    assert (tmp_path / "run" / "recipe.json").read_text() == before
+    with begun("base", 2.0, open=("model",)):  # nothing depends on it yet
+        pass
+    with begun("base", 2.0):
+        pass
+    older = json.loads(before)
+    del older["models"]
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(older))
+    with begun("base", 3.0):  # of a version that took no note of it
+        pass
 
 
 def test_differences_name_nested_fields():
