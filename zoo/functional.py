@@ -227,7 +227,7 @@ def shardings(
             is left out.
     """
     table = RULES if rules is None else rules
-    sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
+    sizes = dict(mesh.shape)
 
     def place(leaf: jax.ShapeDtypeStruct, names: tuple[str, ...]) -> NamedSharding:
         spec: list[str | None] = []

@@ -19,12 +19,7 @@ def estimate(step: Any, state: State, batch: Batch) -> str:
         batch: its second.
     """
     found = step.lower(state, batch).compile().memory_analysis()
-    params, moments, rest = (
-        _bytes(t) for t in (state.params, state.opt_state, (state.bias, state.extra))
-    )
-    parts = {"parameters": params, "optimiser": moments}
-    if rest > params / 100:
-        parts["other arrays"] = rest
+    parts = _held(state)
     if found is None:
         told = ", ".join(f"{name} {size(n)}" for name, n in parts.items())
         return f"memory per device: {told}; this backend does not tell what the step needs"
@@ -35,6 +30,24 @@ def estimate(step: Any, state: State, batch: Batch) -> str:
     total += found.output_size_in_bytes - found.alias_size_in_bytes
     told = ", ".join(f"{name} {size(n)}" for name, n in parts.items())
     return f"memory per device: {size(total)} ({told})"
+
+
+def planned(state: State) -> str:
+    """The same from shapes alone, nothing is compiled: without activations.
+
+    Args:
+        state: arrays or shapes, with shardings where there are several devices.
+    """
+    parts = _held(state) | {"gradients": _bytes(state.params, itemsize=4)}
+    told = ", ".join(f"{name} {size(n)}" for name, n in parts.items())
+    return f"memory per device: {size(sum(parts.values()))} and activations ({told})"
+
+
+def _held(state: State) -> dict[str, int]:
+    """Bytes per device of what is kept between steps."""
+    params, rest = _bytes(state.params), _bytes((state.bias, state.extra))
+    parts = {"parameters": params, "optimiser": _bytes(state.opt_state)}
+    return parts | ({"other arrays": rest} if rest > params / 100 else {})
 
 
 def size(count: float) -> str:
