@@ -225,6 +225,7 @@ def test_it_can_be_killed_in_any_stage_and_skips_those_that_are_finished(tmp_pat
     finished = greedy.stat().st_mtime_ns
     told = process.run(out, status=-9, point="visible", save=15, changed=changed)
     assert "begun with other settings (zero.steps: 2 -> 3)" in told
+    assert f"--base {tmp_path / 'base'} holds other weights than when this run was begun" in told
     assert resumable.newest(out / "04-rejection") == 1
     _, told = resumable.kill(process, out, draw, share=0.5)
     told += process.run(out)
