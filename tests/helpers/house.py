@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 IMPORT_NAMES = {  # distribution -> import name, where the two differ
     "absl-py": "absl",
-    "math-verify": "math_verify",
     "orbax-checkpoint": "orbax",
 }
 KERNEL_IMPORTS = frozenset({"jax", "jaxtyping", "ml_dtypes", "numpy"})
