@@ -243,7 +243,10 @@ def _write_shard(
         )
         for t, a in zip(shard, arrays, strict=True)
     }
+    path.touch()
+    mode = path.stat().st_mode  # what the umask allows; safetensors lets nobody else read
     serialize_file(specs, path, metadata={"format": "pt"})
+    path.chmod(mode)
     advance(sum(_size(t) - _size(t) // 2 for t in shard))
 
 

@@ -276,6 +276,15 @@ def test_a_destination_in_use_is_left_alone(model, tmp_path):
     assert (tmp_path / "mine").read_text() == "precious"
 
 
+def test_weights_can_be_read_by_whom_the_umask_allows(model, tmp_path):
+    before = os.umask(0o022)
+    try:
+        out = save_hf(model, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o644}
+
+
 def test_an_empty_directory_and_missing_parents_are_fine(model, tmp_path):
     (tmp_path / "empty").mkdir()
     assert_same_tensors(save_hf(model, tmp_path / "empty"), GOLDEN / "v3_bf16")
