@@ -22,8 +22,9 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).resolve().parent
 LIMIT = 240  # seconds of a notebook
-# One machine's notebook is not to differ from another's, so without its GPU; warnings are shown.
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "default"}
+# One machine's notebook is not to differ from another's, so without its GPU; Python's warnings are
+# shown, the compiler's remarks on how slow this machine is are not.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "default", "TF_CPP_MIN_LOG_LEVEL": "3"}
 _MEMORY = re.compile(r" at 0x[0-9a-f]+")
 
 
