@@ -313,8 +313,10 @@ def main() -> int:
     given = parser.parse_args()
     global THREADS
     if given.cpu_time:
-        THREADS = 1
+        THREADS, given.only = 1, given.only or ["loading", "r1", "grpo", "grpo_larger"]
         os.environ["PEERS_CLOCK"] = "cpu"
+        if "running" in given.only:
+            parser.error("running has no --cpu-time: `deepzoo bench cpu` measures the wall")
     jax.config.update("jax_compilation_cache_dir", None)  # the first round compiles
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     sections: dict[str, Callable[[Path], dict[str, Any]]] = {}
