@@ -141,12 +141,14 @@ _RL = _open(
     decay=0.5, format=0.2, slots=128, held_out=100, evaluate_every=0,
 )  # fmt: skip
 _RL_MORE = dataclasses.replace(_RL, language=0.2, steps=12, max_tokens=552, rate=5e-5)
-_SFT = _open(  # of its 12,000 complete searches two are longer than a row
+_SFT = _open(  # a long search behind a conversation may be longer than a row
     sft.PRESETS["nano"], samples=12000, epochs=2, length=576, overlong="drop", rate=1e-3,
     held_out=0,
 )  # fmt: skip
 _ZERO = _open(grpo.PRESETS["r1_zero"])
-_SMALL: dict[str, Any] = {"prompts": 64, "rate": 5e-5, "slots": 512, "held_out": 500}
+_SMALL: dict[str, Any] = {
+    "prompts": 64, "accumulate": 8, "rate": 5e-5, "slots": 512, "held_out": 500,
+}  # fmt: skip
 _SFT_SMALL = dataclasses.replace(_SFT, samples=60000, rows=64, rate=3e-4, compute="bfloat16")
 PRESETS = {
     "nano": Recipe(
@@ -159,7 +161,7 @@ PRESETS = {
             reject.PRESETS["nano"], prompts=10000, answers=1, max_tokens=552, per_problem=1,
             form=True, repeated=0.0, at_once=512, slots=128,
         ),
-        fine_tuning=dataclasses.replace(_SFT, epochs=3, mtp=0.1),
+        fine_tuning=dataclasses.replace(_SFT, epochs=4, mtp=0.1),
         rl_2=_RL_MORE,
         student_base=pretrain.PRESETS["student_nano"],
         distillation=_open(
