@@ -62,7 +62,7 @@ def overview(claims: Sequence[Claim], width: int) -> Table:
     wide = width >= 110
     headings = ["claim", *(["source"] if wide else []), "published", "ours", "verdict"]
     table = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
-    for column, most in zip(table.columns[-3:], (16, 16, 16), strict=True):
+    for column, most in zip(table.columns[-3:], (16, 13, 16), strict=True):
         column.max_width = most
     for topic, some in groupby(claims, key=lambda claim: claim.topic):
         table.add_section()
