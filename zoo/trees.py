@@ -352,10 +352,13 @@ def _write_orbax(path: Path, leaves: dict[str, jax.Array]) -> None:
 def _told_once() -> Iterator[None]:
     """While it lasts, Orbax's threads do not print the failure that `_write_orbax` raises.
 
-    That is, two messages: the record that a thread logs before it hands its exception over; and
+    That is, three messages: the record that a thread logs before it hands its exception over; and
     what becomes of further writes of the same tree, which TensorStore ends after the first that
-    failed, when their event loop has been closed: nobody can be told, so it is "unraisable".
+    failed, when their event loop has been closed: nobody can be told, so it is "unraisable", or,
+    whenever the garbage is collected later, an exception that nobody asked for.
     """
+    tasks = logging.getLogger("asyncio")
+    tasks.addFilter(_asked_for)
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
 
     def others(record: logging.LogRecord) -> bool:
@@ -370,9 +373,15 @@ def _told_once() -> Iterator[None]:
     sys.unraisablehook = unraisable
     try:
         yield
+        tasks.removeFilter(_asked_for)  # behind a failure it stays
     finally:
         sys.unraisablehook = hook
         logger.removeFilter(others)
+
+
+def _asked_for(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return "never retrieved" not in text or "async_serialize_from_host" not in text
 
 
 def _read_orbax(
