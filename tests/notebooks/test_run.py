@@ -7,7 +7,6 @@ import importlib.util
 import math
 import re
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +52,7 @@ def _near(a: str, b: str) -> bool:
 @pytest.mark.parametrize("path", run.names([]), ids=lambda p: p.stem)
 def test_it_runs_and_prints_what_is_committed(path: Path):
     before = run.read(path)
-    begin = time.perf_counter()
-    after = run.executed(path)
-    assert time.perf_counter() - begin < run.LIMIT
+    after = run.executed(path, limit=1200)  # a cell, on however busy a machine
     for old, new in zip(before.cells, after.cells, strict=True):
         if old.cell_type == "code" and "varies" not in old.metadata.get("tags", ()):
             assert differing(run.printed(old), run.printed(new)) == [], old.source
