@@ -31,7 +31,9 @@ Deviations:
   for answers that rules cannot check, are not public;
 * the cold start's traces are written by the task, not sampled from R1-Zero and edited by people;
 * nano: one kind of problems, Countdown, in all stages; for the consistency of language stands the
-  share of readable lines; the general data are sums, and requests that cannot be read;
+  share of readable lines; the general data are sums, and requests that cannot be read; some records
+  follow others in one conversation (--turns); behind the cold start RL takes a quarter of the rate,
+  for at R1-Zero's it lost accuracy;
 * small, the same with 64M parameters, is meant for one GPU and was not run: its steps were compiled
   for an H200 that was not there, see recipes/README.md.
 """
@@ -332,6 +334,8 @@ def _check(recipe: Recipe) -> None:
         )
     if not 0 <= recipe.share < 1:
         raise RequestError(f"--share is {recipe.share}; expected from 0 to below 1")
+    if not 0 <= recipe.turns <= 1:
+        raise RequestError(f"--turns is {recipe.turns}; expected from 0 to 1")
 
 
 def _filled(recipe: Recipe, field: str, given: dict[str, Any]) -> Any:

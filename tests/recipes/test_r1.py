@@ -74,6 +74,7 @@ def test_the_paper_has_the_papers_settings():
         ("--pretraining.seed 3", "--pretraining.seed: the pipeline sets it"),
         ("--until rl-3", "--until rl-3: expected one of base, zero, cold-start, "),
         ("--share 1", "--share is 1.0; expected from 0 to below 1"),
+        ("--turns 2", "--turns is 2.0; expected from 0 to 1"),
         ("--task jsonl --data x --distilled answers", "the student learns the mixture"),
         ("--task jsonl --data x --until rl-2", "give --cold-start.data"),
     ],
