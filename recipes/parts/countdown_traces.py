@@ -12,13 +12,16 @@ order is that of the problem, so that no line comes twice, and a complete search
 12 lines. Of four numbers, chains such as ((a + b) * c) - d are followed only where the last number
 fits. `over` stands for what exceeds 99; a result of 0, or one that was there, is not followed.
 
-Where two pairs make the target, what is missing of the answer is looked up line by line:
+Where two pairs make the target, what the answer needs is looked up line by line, for a small model
+does not find two values' origins at once:
 
     2, 16: 18 14 32
     10, 16: 26 6 over
     18 = 2 + 16, 10: 28 8 over; 16: 34 2 over; 26: 44 8 over; 6: 24 12 yes
+    12 = 18 - 6
+    18 = 2 + 16
     6 = 16 - 10
-    12 = 18 - 6 = (2 + 16) - (16 - 10)
+    12 = (2 + 16) - (16 - 10)
 
 Careless searches, which a base model learns, leave out where a value comes from (`2, 9: 11 7 18`).
 A small model that has to look it up in the end often takes another of the same value.
@@ -42,12 +45,10 @@ GIVE_UP = "Give up."
 
 
 class Line(NamedTuple):
-    """text: one line of a search. found: the target, where the line ends with it. other: what
-    `found` was made from that does not stand first in the line, if it is not given."""
+    """text: one line of a search. found: the target, where the line ends with it."""
 
     text: str
     found: Node | None
-    other: Node | None = None
 
 
 def search(
@@ -64,11 +65,10 @@ def search(
     written = set()
     for first, rest in (_divided(numbers)[i] for i in order):
         for line in _of_division(target, first, rest):
-            if not named:
-                line = Line(_ORIGIN.sub("", line.text, 1), line.found)
-            if line.text not in written:
-                yield line
-            written.add(line.text)
+            text = line.text if named else _ORIGIN.sub("", line.text, 1)
+            if text not in written:
+                yield line._replace(text=text)
+            written.add(text)
             if line.found is not None:
                 return
 
@@ -106,14 +106,14 @@ def _divided(numbers: Sequence[int]) -> list[tuple[list[Node], list[Node]]]:
 
 def _line(target: int, node: Node, partners: Sequence[Node]) -> tuple[Line, list[Node]]:
     """`node` with each of the partners, and all results."""
-    text, results = f"{equation(node)},", []
+    text, results = f"{_made(node)},", []
     for partner in _once(partners):
         text += f"{';' if results else ''} {partner.value}:"
         for made in combined(node, partner):
             results.append(made)
             text += f" {made.value}" if made.value <= LIMIT else " over"
             if made.value == target:
-                return Line(f"{text} yes", made, partner if partner.operator else None), results
+                return Line(f"{text} yes", made), results
     return Line(text, None), results
 
 
@@ -130,7 +130,7 @@ def _once(nodes: Sequence[Node]) -> list[Node]:
     return list(found.values())
 
 
-def equation(node: Node) -> str:
+def _made(node: Node) -> str:
     """`18 = (6 - 4) * 9`: a value and where it comes from, if it is not given."""
     return f"{node.value} = {formula(node)}" if node.operator else str(node.value)
 
@@ -156,21 +156,16 @@ def solution(question: str) -> str:
     return ended(*concluded(lines))
 
 
-def concluded(lines: Sequence[Line]) -> tuple[list[str], str]:
-    """Lines of a thought, and the answer that they lead to."""
+def concluded(lines: Sequence[Line], *, named: bool = True) -> tuple[list[str], str]:
+    """Lines of a thought, and the answer that they lead to. named: as for `search`."""
     texts, found = [line.text for line in lines], lines[-1].found
     if found is None:
         return [*texts, GIVE_UP], NONE
-    if (other := lines[-1].other) is not None:
-        return [*texts, equation(other), substituted(found)], formula(found)
-    return [*texts, equation(found)], formula(found)
-
-
-def substituted(node: Node) -> str:
-    """`12 = 18 - 6 = (2 + 16) - (16 - 10)`: a value, made from values, and from where they come."""
-    assert node.left is not None and node.right is not None
-    bare = node._replace(left=Node(node.left.value), right=Node(node.right.value))
-    return f"{equation(bare)} = {formula(node)}"
+    sides = [n for n in (found.left, found.right) if n is not None]
+    if named and all(n.operator for n in sides):
+        bare = found._replace(left=Node(sides[0].value), right=Node(sides[1].value))
+        texts += map(_made, (bare, *sides))
+    return [*texts, _made(found)], formula(found)
 
 
 _LINE = re.compile(rf"([0-9]+){_FROM}?, (.+?)(?: yes)?", re.ASCII)
@@ -193,7 +188,7 @@ def steps_right(text: str) -> tuple[int, int]:
 _READABLE = re.compile(
     rf"[0-9]+{_FROM}?, [0-9]+:(?: [0-9]+| over){{1,3}}"
     r"(?:; [0-9]+:(?: [0-9]+| over){1,3}){0,4}(?: yes)?"
-    rf"|[0-9]+{_FROM}{{1,2}}"
+    rf"|[0-9]+{_FROM}"
     rf"|{re.escape(GIVE_UP)}",
     re.ASCII,
 )
