@@ -164,7 +164,7 @@ def concluded(lines: Sequence[Line], *, named: bool = True) -> tuple[list[str], 
     sides = [n for n in (found.left, found.right) if n is not None]
     if named and all(n.operator for n in sides):
         bare = found._replace(left=Node(sides[0].value), right=Node(sides[1].value))
-        texts += map(_made, (bare, *sides))
+        texts += dict.fromkeys(map(_made, (bare, *sides)))
     return [*texts, _made(found)], formula(found)
 
 
