@@ -5,10 +5,12 @@
 
 Paper: DeepSeek-R1 (arXiv 2501.12948, section 3): 4 to 64 answers of each problem at temperature 0.6
 and top-p 0.95, at most 32,768 tokens, pass@1 as their mean; for AIME also the majority of 64
-answers (cons@64). pass@k is the unbiased estimate of Codex (arXiv 2107.03374, eq. 1).
+answers (cons@64); its equation for pass@1 has no number. pass@k is the unbiased estimate of Codex
+(arXiv 2107.03374, eq. 1). Perplexity is exp of the mean negative log-probability of a token.
 
-Every number comes with its 95% interval: problems are drawn from a larger set, so few of them say
-little, however many answers each has. `report.json` holds the numbers, `report.md` the table,
+pass@k and maj@k come with their 95% intervals: problems are drawn from a larger set, so few of them
+say little, however many answers each has. Perplexity, lengths and the share of answers that were
+cut off are told without. `report.json` holds the numbers, `report.md` the table,
 `answers/` everything that the model wrote with its verdicts.
 
 Deviations: where there are more answers than voters, maj@k is the mean over groups of k, in order;
@@ -75,6 +77,8 @@ class Recipe:
     """Problems of a step; what was answered is kept on the disk after each."""
     slots: int = 64
     """Answers that are written together."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the model; FP8 weights stay as they are."""
     seed: int = 0
     """Of problems and sampling."""
 
@@ -84,6 +88,7 @@ PRESETS = {
     "aime_like": Recipe(
         model="deepseek-r1-distill-qwen-1.5b", task="jsonl", data="problems.jsonl", split="all",
         problems=0, samples=64, passes=(1, 64), majorities=(64,), max_tokens=32768, at_once=1,
+        dtype="bfloat16",
     ),
 }  # fmt: skip
 
@@ -97,7 +102,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> dict[str
         RequestError: k is larger than the number of samples, or there is nothing to measure.
     """
     _check(recipe)
-    model = zoo.load(recipe.model, dtype="float32", mtp=False, stacked=False)
+    model = zoo.load(recipe.model, dtype=recipe.dtype, mtp=False, stacked=False)
     facts: dict[str, Any] = {}
     task = problems = None
     if recipe.task:

@@ -46,27 +46,35 @@ import numpy as np
 import optax
 
 from deepzoo import zoo
+from deepzoo.kernels.router import expert_counts
 from deepzoo.recipes.parts import problems as tasks
 from deepzoo.recipes.parts import rewards as rules
 from deepzoo.recipes.parts.accuracy import measure
 from deepzoo.recipes.parts.advantage import Baseline, Scale, advantages, by_component, dead
 from deepzoo.recipes.parts.bias import split_bias, with_bias
-from deepzoo.recipes.parts.flops import flops_per_token
+from deepzoo.recipes.parts.flops import flops_of_rows
 from deepzoo.recipes.parts.logprobs import score
 from deepzoo.recipes.parts.main import main
 from deepzoo.recipes.parts.mtp import loaded, with_mtp
-from deepzoo.recipes.parts.optim import adamw
+from deepzoo.recipes.parts.optim import Bytes, adamw
 from deepzoo.recipes.parts.policy import Objective, policy_loss
 from deepzoo.recipes.parts.problems import Problem, Task
-from deepzoo.recipes.parts.rollout import Trajectories, rollout, step_seed
+from deepzoo.recipes.parts.rollout import (
+    Trajectories,
+    figures,
+    minibatches,
+    replaced,
+    rollout,
+    step_seed,
+)
 from deepzoo.recipes.parts.run import Options, Run
 from deepzoo.recipes.parts.schedules import Schedule, scaled, warmup_constant_decay
 from deepzoo.recipes.parts.step import (
     Loss,
-    Mean,
     Metrics,
     State,
     Step,
+    cast,
     jitted,
     several,
     start,
@@ -123,8 +131,9 @@ class Recipe:
     objective: Objective = dataclasses.field(default_factory=Objective)
     """Clipping, normalisation, divergence; see recipes/parts/policy.py."""
     old: Literal["rollout", "recomputed"] = "rollout"
-    """Whose log-probabilities are pi_old: the generator's, or those of a pass of the trainer. The
-    generator's are at temperature 1; at any other they are always computed again."""
+    """Whose log-probabilities are pi_old: the generator's, or those of a pass of the trainer, which
+    a correction of rollouts needs. The generator's are at temperature 1; at any other, and for
+    `replay`, they are always computed again."""
     replay: bool = False
     """The updates use the experts that the trainer chose before the first of them (GSPO, arXiv
     2507.18071, 5.3), so that an update cannot move a token to other experts."""
@@ -152,6 +161,10 @@ class Recipe:
     """Micro-batches of an update."""
     remat: bool = False
     """Compute each layer again in the backward pass, to save memory."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the model's arithmetic, rollouts included; parameters are kept in float32."""
+    moments: Bytes = "float32"
+    """Dtype of the optimiser's state."""
     slots: int = 256
     """Answers that are written together."""
     least: float = 0.05
@@ -170,7 +183,7 @@ _ZERO = Recipe(
     format=1.0, rate=3e-6, beta2=0.999, warmup=0.0,
     objective=Objective(clip_low=10.0, clip_high=10.0, beta=0.001),
     reference_every=25,  # 400 updates
-    remat=True, accumulate=512, slots=512, evaluate_every=50,
+    remat=True, compute="bfloat16", accumulate=512, slots=512, evaluate_every=50,
 )  # fmt: skip
 PRESETS = {
     "nano": Recipe(),
@@ -213,7 +226,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
     def initial() -> State:
         state = start(model.params, tx, recipe.seed)
         if recipe.objective.beta:
-            return state._replace(extra={"reference": jax.tree.map(jnp.copy, state.params)})
+            return state._replace(extra={"reference": _reference(recipe, state.params)})
         return state
 
     tx = _optimiser(recipe, split_bias(zoo.abstract(config))[0])
@@ -246,8 +259,6 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         state = run.fit(
             step, state, problems, recipe.steps,
             on=[run.every(recipe.evaluate_every, held_out, last=True)],
-            tokens=recipe.prompts * recipe.answers * recipe.max_tokens,
-            flops=flops_per_token(config, recipe.max_tokens),
         )  # fmt: skip
         trained = with_mtp(whole(state), aside)
         path = run.product("model", lambda path: zoo.save_hf(trained, path))
@@ -278,6 +289,9 @@ def learner(
         found = [micro(params, part, temperature) for part in cut]
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
+    def policy(state: State) -> Params:
+        return cast(with_bias(state.params, state.bias), recipe.compute)
+
     def recomputed(params, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """`old`, and what the generator reported as `rollout`, at the same temperature."""
         old, experts = scored(params, batch["tokens"])
@@ -289,7 +303,7 @@ def learner(
 
     def sample(state: State, problems: list[Problem], round: int) -> tuple[Trajectories, list]:
         made = rollout(
-            config, with_bias(state.params, state.bias),
+            config, policy(state),
             [encode(model, p.prompt, raw=p.raw).tokens for p in problems],
             answers=recipe.answers, max_tokens=recipe.max_tokens, width=width,
             eos_ids=tokenizer_of(model).eos_ids, temperature=recipe.temperature,
@@ -310,7 +324,7 @@ def learner(
                 break
             at = int(state.step)
             fresh = tasks.batch(task.problems, int(gone.sum()), recipe.seed, at, round)
-            made, verdicts = _replaced(made, verdicts, gone, *sample(state, fresh, round))
+            made, verdicts = replaced(made, verdicts, gone, *sample(state, fresh, round))
         rewards = _rewards(recipe, verdicts)
         options: dict[str, Any] = {"scale": recipe.scale, "baseline": recipe.baseline}
         if recipe.combine == "sum":
@@ -318,17 +332,18 @@ def learner(
         else:
             found = by_component(*_components(recipe, verdicts), **options)
             batch = _batch(recipe, made, rewards, found)
-        if recipe.old == "recomputed" or recipe.replay or recipe.temperature != 1.0:
-            batch |= recomputed(with_bias(state.params, state.bias), batch)
+        if _recomputes(recipe):
+            batch |= recomputed(policy(state), batch)
         if objective.beta:
             reference = with_bias(state.extra["reference"], state.bias)
             batch["reference"] = scored(reference, batch["tokens"])[0]
-        parts = [spread(part) for part in _parts(batch, recipe.minibatches)]
+        parts = [spread(part) for part in minibatches(batch, recipe.minibatches)]
         state, metrics = update(state, parts)
         every = recipe.reference_every
         if objective.beta and every and int(state.step) % every == 0:
-            state = state._replace(extra={"reference": jax.tree.map(jnp.copy, state.params)})
-        metrics["sums"] |= _told(made, verdicts, rewards)
+            state = state._replace(extra={"reference": _reference(recipe, state.params)})
+        metrics["sums"] |= figures(made, verdicts, rewards)
+        metrics["sums"]["flops"] = flops_of_rows(config, made.ends)  # of the updates alone
         return state, metrics
 
     return step
@@ -336,7 +351,10 @@ def learner(
 
 def updating(recipe: Recipe, config: Config, tx: optax.GradientTransformation) -> Step:
     """(state, a mini-batch) -> (state, metrics)."""
-    return train_step(learning(recipe, config), tx, recipe.accumulate, clip=recipe.clip)
+    return train_step(
+        learning(recipe, config), tx, recipe.accumulate, clip=recipe.clip,
+        compute=None if recipe.compute == "float32" else recipe.compute,
+    )  # fmt: skip
 
 
 def learning(recipe: Recipe, config: Config) -> Loss:
@@ -349,11 +367,17 @@ def learning(recipe: Recipe, config: Config) -> Loss:
             config, params, batch["tokens"], temperature=recipe.temperature, remat=recipe.remat,
             experts=None if experts is None else jnp.moveaxis(experts, 0, 1),
         )  # fmt: skip
-        return policy_loss(
+        out = policy_loss(
             recipe.objective, found.logprobs, found.entropy, batch["old"], batch["advantages"],
             batch["mask"], longest=recipe.max_tokens, reference=batch.get("reference"),
             rollout=batch.get("rollout"),
         )  # fmt: skip
+        if found.routing is not None:
+            counts = functools.partial(
+                expert_counts, experts=config.n_routed_experts, mask=batch["mask"] > 0
+            )
+            out.metrics["load"] = {"moe": jax.vmap(counts)(found.routing.indices)}
+        return out
 
     return loss
 
@@ -375,32 +399,13 @@ def judged(
 def _components(recipe: Recipe, verdicts: list[dict[str, float]]) -> tuple[np.ndarray, np.ndarray]:
     """Components of the reward, float64 [C, P, G], NaN in all where one is NaN; and weights [C]."""
     weights = {"accuracy": recipe.accuracy, "format": recipe.format, "language": recipe.language}
-    weights["overlong"] = 1.0
-    used = [k for k, w in weights.items() if w and k in verdicts[0]]
-    parts = np.array([[v[k] for v in verdicts] for k in used], np.float64)
-    parts += 0 * parts.sum(axis=0)
-    return parts.reshape(len(used), -1, recipe.answers), np.array([weights[k] for k in used])
+    return rules.components(verdicts, weights | {"overlong": 1.0}, recipe.answers)
 
 
 def _rewards(recipe: Recipe, verdicts: list[dict[str, float]]) -> np.ndarray:
     """Sums of the weighted components, float64 [P, G]."""
     parts, weights = _components(recipe, verdicts)
     return np.tensordot(weights, parts, 1)
-
-
-def _replaced(made, verdicts, gone, fresh, fresh_verdicts):
-    """Groups that teach something instead of the dead ones `gone`, as far as there are any."""
-    each = len(verdicts) // len(gone)
-    rows = {int(p): slice(i * each, i * each + each) for i, p in enumerate(np.flatnonzero(gone))}
-    fields = [np.array(a) for a in made]
-    out = list(verdicts)
-    for p, source in rows.items():
-        place = slice(p * each, p * each + each)
-        for mine, theirs in zip(fields, fresh, strict=True):
-            mine[place] = theirs[source]
-        out[place] = fresh_verdicts[source]
-    fields[Trajectories._fields.index("group")] = made.group
-    return Trajectories(*fields), out
 
 
 def _batch(
@@ -411,8 +416,7 @@ def _batch(
     if recipe.overlong == "mask":
         mask *= ~made.truncated[:, None]
     # Cut behind the longest answer, in large steps: few widths are compiled.
-    used = int((made.tokens.shape[1] - (made.mask[:, ::-1] > 0).argmax(axis=1)).max())
-    width = min(made.tokens.shape[1], -(-used // 64) * 64)
+    width = min(made.tokens.shape[1], -(-int(made.ends.max()) // 64) * 64)
     return {
         "tokens": made.tokens[:, :width],
         "mask": mask[:, 1:width],
@@ -421,27 +425,14 @@ def _batch(
     }
 
 
-def _parts(batch: dict[str, np.ndarray], count: int) -> list[dict[str, np.ndarray]]:
-    """Mini-batches of whole groups, in the order they were sampled."""
-    return [
-        {k: v for k, v in zip(batch, cut, strict=True)}
-        for cut in zip(*(np.split(a, count) for a in batch.values()), strict=True)
-    ]
+def _recomputes(recipe: Recipe) -> bool:
+    """Whether pi_old is that of a pass of the trainer."""
+    return recipe.old == "recomputed" or recipe.replay or recipe.temperature != 1.0
 
 
-def _told(made: Trajectories, verdicts: list[dict[str, float]], rewards: np.ndarray) -> Metrics:
-    def mean(values) -> Mean:
-        values = np.asarray(values, np.float64)
-        there = ~np.isnan(values)
-        return Mean(np.where(there, values, 0).sum(), there.sum())
-
-    told = {"reward": mean(rewards), "length": mean(made.lengths)}
-    told |= {f"reward/{k}": mean([v[k] for v in verdicts]) for k in verdicts[0] if k != "accuracy"}
-    told["accuracy"] = mean([v["accuracy"] for v in verdicts])
-    told["truncated"] = mean(made.truncated)
-    told["dead_groups"] = mean(dead(rewards))
-    told["dropped"] = mean(np.isnan(rewards))
-    return told
+def _reference(recipe: Recipe, params: Params) -> Params:
+    """A copy to compare with later; the policy's are donated to the next update."""
+    return jax.tree.map(jnp.copy, cast(params, recipe.compute))
 
 
 def _check(recipe: Recipe, model: Model) -> None:
@@ -460,6 +451,11 @@ def _check(recipe: Recipe, model: Model) -> None:
     if recipe.temperature != 1.0 and recipe.objective.correction != "none":
         raise RequestError(
             "the correction of rollouts needs temperature 1, at which the generator reports"
+        )
+    if recipe.objective.correction != "none" and not _recomputes(recipe):
+        raise RequestError(
+            "the correction of rollouts weighs the trainer's pi_old against the generator's, and"
+            " --old rollout takes the latter for both; set --old recomputed"
         )
     if recipe.replay and not model.config.num_moe_layers:
         raise RequestError(f"{recipe.model} has no experts to replay; leave out --replay")
@@ -487,7 +483,9 @@ def rate(recipe: Recipe) -> Schedule:
 
 def _optimiser(recipe: Recipe, params: Params) -> optax.GradientTransformation:
     """Of the policy; `params` are its parameters or shapes, without router biases."""
-    return adamw(params, rate(recipe), decay=0.0, b1=recipe.beta1, b2=recipe.beta2)
+    return adamw(
+        params, rate(recipe), decay=0.0, b1=recipe.beta1, b2=recipe.beta2, state=recipe.moments
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Paper: DeepSeek-R1 (arXiv 2501.12948, 2.3.3): some 600K right answers of the model after its first
 stage of reinforcement learning, without those that mix languages, have long paragraphs or blocks of
-code in the thought.
+code in the thought. It is a filter: there is no equation.
 
 `data.jsonl` holds {"prompt", "completion"} records, which `sft` reads; `report.json` how many
 answers there were, how many were left out for which reason, and how many problems have none left.
@@ -19,7 +19,7 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deepzoo import zoo
 from deepzoo.recipes.parts import answers, rewards
@@ -55,7 +55,8 @@ class Recipe:
     per_problem: int = 4
     """Answers that are kept of a problem at most; the first ones. 0 for all."""
     form: bool = False
-    """Keep only answers of the form that the task asks for."""
+    """Keep only answers of the form that the task asks for; of task jsonl, a thought and an answer
+    behind it."""
     language: float = 0.0
     """Keep only answers of which at least this share is in the target language."""
     repeated: float = 0.5
@@ -72,6 +73,8 @@ class Recipe:
     """Problems of a step; what was answered is kept on the disk after each."""
     slots: int = 64
     """Answers that are written together."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the model; FP8 weights stay as they are."""
     seed: int = 0
     """Of problems and sampling."""
 
@@ -82,6 +85,7 @@ PRESETS = {
         model="runs/r1_stage1/model", task="jsonl", data="problems.jsonl", prompts=150_000,
         answers=16, max_tokens=32768, per_problem=4, form=True, language=0.95, repeated=0.2,
         paragraph=2000, code=False, shortest=64, at_once=64, slots=512,
+        dtype="bfloat16",
     ),
 }  # fmt: skip
 
@@ -94,7 +98,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> dict[str
     Raises:
         RequestError: nothing is left after filtering; with the reasons.
     """
-    model = zoo.load(recipe.model, dtype="float32", mtp=False, stacked=False)
+    model = zoo.load(recipe.model, dtype=recipe.dtype, mtp=False, stacked=False)
     task = tasks.task(recipe.task, recipe.data, language=recipe.target_language)
     problems = tasks.batch(task.problems, recipe.prompts, recipe.seed)
     facts, models = {"problems": task.fingerprint}, {"model": model.params}

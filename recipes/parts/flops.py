@@ -1,6 +1,7 @@
 """Floating-point operations of training, from a config; what a device can do at most."""
 
 import jax
+import numpy as np
 
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.count import count
@@ -34,6 +35,14 @@ def flops_per_token(config: Config, length: int, *, mtp: bool = False) -> float:
     width = config.head_size + (config.v_head_dim if config.is_mla else config.head_size)
     attention = layers * config.num_attention_heads * width * length / 2
     return 6.0 * (multiplied + attention)
+
+
+def flops_of_rows(config: Config, lengths: np.ndarray) -> float:
+    """`flops_per_token` of all tokens of rows of unequal `lengths`, int [N]."""
+    multiplied = flops_per_token(config, 0)
+    attention = flops_per_token(config, 1) - multiplied
+    lengths = lengths.astype(np.float64)
+    return float((lengths * (multiplied + attention * lengths)).sum())
 
 
 def peak_flops() -> float | None:

@@ -106,6 +106,7 @@ class Log:
         """Shows the bar while the block lasts; see `Run.fit`."""
         self._steps, self._tokens, self._flops = steps, tokens, flops
         self._last, self._last_step = time.perf_counter(), at
+        self._made = self._work = 0.0
         with Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
             TextColumn("left"), console=self._console, transient=True,
@@ -120,26 +121,40 @@ class Log:
         step = int(state.step)
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
+        made, work = done(metrics)
+        self._made += made or 0.0
+        self._work += work or (made or 0.0) * self._flops
         bad = not bool(metrics["finite"])
         if step % self._every and step not in (1, self._steps) and not bad:
             return
         now = time.perf_counter()
         row = {"step": step, **figures(state, metrics)}
         row |= {"time": time.time(), "seconds": now - self._begin}
-        if tokens := self._tokens(step):
-            rate = (tokens - self._tokens(self._last_step)) / max(now - self._last, 1e-9)
-            row |= {"tokens": tokens, "tokens_per_second": rate}
-            if self._flops:
-                row["flops_per_second"] = rate * self._flops
-                if peak := peak_flops():
-                    row["utilisation"] = rate * self._flops / (peak * jax.device_count())
+        row |= self._speed(step, made, max(now - self._last, 1e-9))
         if bad:
             row["not_finite"] = ", ".join(culprits(state, metrics)[:5]) or "loss"
         if self.missed:
             row["missed_saves"] = self.missed
         self._last, self._last_step = now, step
+        self._made = self._work = 0.0
         self._write(row)
         self._show(row, now)
+
+    def _speed(self, step: int, made: float | None, seconds: float) -> dict[str, float]:
+        """Tokens and operations since the last row, by the second."""
+        if made is not None:
+            row, tokens, work = {"step_tokens": made}, self._made, self._work
+        elif total := self._tokens(step):
+            row, tokens = {"tokens": total}, total - self._tokens(self._last_step)
+            work = tokens * self._flops
+        else:
+            return {}
+        row["tokens_per_second"] = tokens / seconds
+        if work:
+            row["flops_per_second"] = work / seconds
+            if peak := peak_flops():
+                row["utilisation"] = row["flops_per_second"] / (peak * jax.device_count())
+        return row
 
     def note(self, step: int, **values: Any) -> None:
         """Adds a row of numbers and texts, such as an evaluation or a sample, and prints it."""
@@ -209,6 +224,20 @@ def _console(quiet: bool) -> Console:
     return Console(quiet=quiet, force_jupyter=False) if found.is_jupyter else found
 
 
+def done(metrics: Metrics) -> tuple[float | None, float | None]:
+    """(tokens, floating-point operations) of a step as it counted them itself; None if it did not.
+
+    Counts are sums "tokens" and "flops"; a `Mean` called "length", of the tokens of an answer, is
+    a count of tokens, too. They go before the constants that `Run.fit` was given, which count
+    padding.
+    """
+    sums = metrics["sums"]
+    tokens, length, flops = (sums.get(name) for name in ("tokens", "length", "flops"))
+    if tokens is None and isinstance(length, Mean):
+        tokens = length.total
+    return tuple(None if n is None else float(n) for n in (tokens, flops))  # pyright: ignore
+
+
 def figures(state: State, metrics: Metrics) -> dict[str, float | None]:
     """The numbers of a step, by name; None stands for NaN and infinities.
 
@@ -221,6 +250,8 @@ def figures(state: State, metrics: Metrics) -> dict[str, float | None]:
     row: dict[str, Any] = {"loss": metrics["loss"], "norm": metrics["norm"]}
     row["skipped"] = int(state.skipped)
     for name, value in metrics["sums"].items():
+        if name in ("tokens", "flops"):
+            continue
         if name == "load":
             if value:
                 row |= spread(value)

@@ -89,10 +89,12 @@ def policy_loss(
         the two programs, later ones add what the updates changed.
 
     Raises:
-        ValueError: beta is not 0 and there is no reference.
+        ValueError: beta is not 0 and there is no reference; a correction without `rollout`.
     """
     if objective.beta and reference is None:
         raise ValueError(f"policy_loss: beta is {objective.beta}, which needs reference=")
+    if objective.correction != "none" and rollout is None:
+        raise ValueError(f"policy_loss: correction {objective.correction!r} needs rollout=")
     o, kept = objective, mask > 0
     mask = mask.astype(jnp.float32)
     # Padding may hold anything: it must not reach an exp, whose gradient would be NaN.

@@ -5,6 +5,7 @@ nothing with those for training, and a verdict names its components, so that a r
 and a log can show them.
 """
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -177,8 +178,9 @@ def from_records(records: Records, *, template: str = "", language: str = "en") 
 
     A record is {"prompt", "answer"}, judged by `rewards.maths`, or {"prompt", "tests": [[input,
     expected output], ...]}, whose answer is a program, judged by `sandbox.solves`. Components of a
-    verdict: accuracy; format, R1-Zero's form; language, the share of words in the language that
-    the record's "language" names. One record in 20 is held out, by a hash of its prompt.
+    verdict: accuracy; format, R1-Zero's form with a template that asks for <answer> tags, else
+    `rewards.chat_form`; language, the share of words in the language that the record's "language"
+    names. One record in 20 is held out, by a hash of its prompt.
 
     Args:
         records: see `records.read`.
@@ -213,8 +215,10 @@ def from_records(records: Records, *, template: str = "", language: str = "en") 
             yield from (these[i] for i in rng.permutation(len(these)))
 
     digest = hashlib.blake2b(repr(found).encode(errors="surrogatepass"), digest_size=16)
+    form = rewards.form if rewards.ANSWER in template else rewards.chat_form
+    judge = functools.partial(_judge, form=form)
     return Task(
-        problems, _judge, vote=rewards.vote, slow=slow, everything=tuple(found),
+        problems, judge, vote=rewards.vote, slow=slow, everything=tuple(found),
         fingerprint=digest.hexdigest(),
     )  # fmt: skip
 
@@ -240,7 +244,9 @@ def _is_test(pair: object) -> bool:
     return isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair)
 
 
-def _judge(problem: Problem, text: str, finished: bool) -> Verdict:
+def _judge(
+    problem: Problem, text: str, finished: bool, *, form: Callable[[str], rewards.Judged]
+) -> Verdict:
     accuracy = 0.0
     if finished and problem.tests:
         source = rewards.program(text)
@@ -250,7 +256,7 @@ def _judge(problem: Problem, text: str, finished: bool) -> Verdict:
         accuracy = rewards.maths(text, problem.answer).reward
     return {
         "accuracy": accuracy,
-        "format": rewards.form(text).reward if finished else 0.0,
+        "format": form(text).reward if finished else 0.0,
         "language": rewards.language(text, problem.language),
     }
 

@@ -8,8 +8,11 @@ the soft punishment of length, DAPO (arXiv 2503.14476, eq. 13).
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 LONGEST = 1000  # characters of an answer that is looked at
 DIGITS = 300  # of a number, its exponent included
@@ -214,24 +217,47 @@ def form(text: str, *, opened: bool = False) -> Judged:
         text: what the model wrote.
         opened: whether the prompt has opened the thought.
     """
-    text = f"{THINK}{text}" if opened else text
-    tags = (THINK, THINK_END, ANSWER, ANSWER_END)
-    for tag in tags:
-        if text.count(tag) != 1:
-            return Judged(0.0, f"{tag} is not there once")
-    places = [text.find(tag) for tag in tags]
-    if places != sorted(places):
-        return Judged(0.0, "tags in the wrong order")
-    before = text[: places[0]]
-    thought = text[places[0] + len(THINK) : places[1]]
-    between = text[places[1] + len(THINK_END) : places[2]]
-    answer = text[places[2] + len(ANSWER) : places[3]]
-    behind = text[places[3] + len(ANSWER_END) :]
-    if before.strip() or between.strip() or behind.strip():
+    parts, reason = _between(f"{THINK}{text}" if opened else text, ANSWER, ANSWER_END)
+    if reason:
+        return Judged(0.0, reason)
+    before, thought, between, answer, behind = parts
+    if before or between or behind:
         return Judged(0.0, "text outside the tags")
-    if not thought.strip() or not answer.strip():
+    if not thought or not answer:
         return Judged(0.0, "nothing inside the tags")
     return Judged(1.0, "")
+
+
+def chat_form(text: str) -> Judged:
+    """The form of R1's answers in a chat: `<think>` thought `</think>` and an answer behind it.
+
+    Each tag stands there once, nothing before the first, and neither thought nor answer is empty.
+
+    Args:
+        text: what the model wrote, with the opening tag even if the prompt ended with it.
+    """
+    parts, reason = _between(text)
+    if reason:
+        return Judged(0.0, reason)
+    before, thought, answer = parts
+    if before:
+        return Judged(0.0, "text before the thought")
+    if not thought or not answer:
+        return Judged(0.0, "no thought" if not thought else "no answer")
+    return Judged(1.0, "")
+
+
+def _between(text: str, *more: str) -> tuple[list[str], str]:
+    """What stands before, between and behind the thought's tags and `more`, or a reason."""
+    tags = (THINK, THINK_END, *more)
+    for tag in tags:
+        if text.count(tag) != 1:
+            return [], f"{tag} is not there once"
+    places = [text.find(tag) for tag in tags]
+    if places != sorted(places):
+        return [], "tags in the wrong order"
+    begins = [0, *(at + len(tag) for at, tag in zip(places, tags, strict=True))]
+    return [text[a:b].strip() for a, b in zip(begins, [*places, None], strict=True)], ""
 
 
 type Language = Literal["en", "zh", "ja", "ko", "ru", "el", "ar", "he", "hi", "th"]
@@ -290,3 +316,22 @@ def repeated(text: str) -> float:
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if len(line) > 10]
     return 1 - len(set(lines)) / len(lines) if lines else 0.0
+
+
+def components(
+    verdicts: Sequence[Mapping[str, float]], weights: Mapping[str, float], group: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the reward of each answer is made of: float64 [C, P, G], and the weights [C].
+
+    Components of weight 0, and those that the verdicts lack, are left out. An answer of which one
+    component is NaN is NaN in all.
+
+    Args:
+        verdicts: of P*G answers, those of a group side by side.
+        weights: component -> weight.
+        group: G.
+    """
+    used = [name for name, weight in weights.items() if weight and name in verdicts[0]]
+    parts = np.array([[v[name] for v in verdicts] for name in used], np.float64)
+    parts += 0 * parts.sum(axis=0)
+    return parts.reshape(len(used), -1, group), np.array([weights[name] for name in used])

@@ -3,11 +3,14 @@
 P prompts  G answers of each  N = P*G answers  T positions of prompt and answer
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from deepzoo.recipes.parts.advantage import dead
+from deepzoo.recipes.parts.problems import Verdict
+from deepzoo.recipes.parts.step import Mean
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.engine import Engine, Request
 from deepzoo.zoo.errors import RequestError
@@ -35,6 +38,11 @@ class Trajectories(NamedTuple):
     def lengths(self) -> np.ndarray:
         """int [N], tokens of each answer."""
         return self.mask.sum(axis=1).astype(int)
+
+    @property
+    def ends(self) -> np.ndarray:
+        """int [N], tokens of each row, prompt included; what follows is padding."""
+        return self.tokens.shape[1] - (self.mask[:, ::-1] > 0).argmax(axis=1)
 
     def answer(self, row: int) -> list[int]:
         """Ids of one answer, its end token included."""
@@ -111,6 +119,64 @@ def rollout(
         truncated[row] |= event.finish == "length"
     group = np.repeat(np.arange(len(prompts), dtype=np.int32), answers)
     return Trajectories(tokens, mask, logprobs, group, truncated)
+
+
+def replaced(
+    made: Trajectories,
+    verdicts: Sequence[Verdict],
+    gone: np.ndarray,
+    fresh: Trajectories,
+    fresh_verdicts: Sequence[Verdict],
+) -> tuple[Trajectories, list[Verdict]]:
+    """Answers and their verdicts with whole groups replaced by others, in order.
+
+    Args:
+        made: P groups.
+        verdicts: of its answers.
+        gone: bool [P], groups to replace.
+        fresh: as many groups as are True there.
+        fresh_verdicts: of those answers.
+    """
+    each = len(verdicts) // len(gone)
+    fields, out = [np.array(a) for a in made], list(verdicts)
+    for i, p in enumerate(np.flatnonzero(gone).tolist()):
+        place, source = (slice(at * each, at * each + each) for at in (p, i))
+        for mine, theirs in zip(fields, fresh, strict=True):
+            mine[place] = theirs[source]
+        out[place] = fresh_verdicts[source]
+    return Trajectories(*fields)._replace(group=made.group), out
+
+
+def minibatches(batch: Mapping[str, np.ndarray], count: int) -> list[dict[str, np.ndarray]]:
+    """`batch` in `count` parts of as many whole groups, in the order they were sampled."""
+    cuts = zip(*(np.split(a, count) for a in batch.values()), strict=True)
+    return [dict(zip(batch, cut, strict=True)) for cut in cuts]
+
+
+def figures(
+    made: Trajectories, verdicts: Sequence[Verdict], rewards: np.ndarray
+) -> dict[str, Mean]:
+    """What a log shows of a rollout; answers without a verdict count in `dropped` alone.
+
+    Args:
+        made: N answers.
+        verdicts: components of each one's reward; the first one names them all.
+        rewards: float64 [P, G], NaN without a verdict.
+    """
+
+    def mean(values) -> Mean:
+        values = np.asarray(values, np.float64)
+        there = ~np.isnan(values)
+        total: Any = np.where(there, values, 0).sum()
+        return Mean(total, there.sum())
+
+    told = {"reward": mean(rewards), "length": mean(made.lengths)}
+    told |= {f"reward/{k}": mean([v[k] for v in verdicts]) for k in verdicts[0] if k != "accuracy"}
+    told["accuracy"] = mean([v["accuracy"] for v in verdicts])
+    told["truncated"] = mean(made.truncated)
+    told["dead_groups"] = mean(dead(rewards))
+    told["dropped"] = mean(np.isnan(rewards))
+    return told
 
 
 def step_seed(seed: int, step: int, use: int = 0) -> int:

@@ -6,20 +6,26 @@ import itertools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from deepzoo import zoo
 from deepzoo.recipes import grpo, sft
 from deepzoo.recipes.grpo import PRESETS
+from deepzoo.recipes.parts import log
 from deepzoo.recipes.parts import problems as tasks
 from deepzoo.recipes.parts import tasks as arithmetic
 from deepzoo.recipes.parts.accuracy import measure
+from deepzoo.recipes.parts.bias import split_bias
+from deepzoo.recipes.parts.flops import flops_per_token
+from deepzoo.recipes.parts.log import figures as figures_of
 from deepzoo.recipes.parts.log import read_metrics
 from deepzoo.recipes.parts.logprobs import score
 from deepzoo.recipes.parts.policy import Objective
-from deepzoo.recipes.parts.rollout import Trajectories, rollout
+from deepzoo.recipes.parts.rollout import Trajectories, figures, replaced, rollout
 from deepzoo.recipes.parts.run import Options
+from deepzoo.recipes.parts.step import start
 from deepzoo.zoo.errors import RequestError
 from deepzoo.zoo.prompt import encode
 
@@ -89,8 +95,12 @@ def run(tmp_path, **changes):
     return [r for r in read_metrics(out / "metrics.jsonl") if "loss" in r], out
 
 
-def test_the_first_update_has_ratio_one_whatever_the_temperature(tmp_path):
-    """Nothing is clipped however narrow the clip, and the loss is minus the mean advantage, 0."""
+def test_the_first_update_has_ratio_one_whatever_the_temperature(tmp_path, monkeypatch):
+    """Nothing is clipped however narrow the clip, and the loss is minus the mean advantage, 0.
+
+    Its tokens are those of the answers, its operations those of prompts and answers.
+    """
+    monkeypatch.setattr(log, "peak_flops", lambda: 1e12)
     narrow = Objective(clip_low=1e-3, clip_high=1e-3)
     rows, _ = run(
         tmp_path, temperature=2.0, objective=narrow, steps=1, overlong_tokens=30, least=0.0
@@ -100,6 +110,12 @@ def test_the_first_update_has_ratio_one_whatever_the_temperature(tmp_path):
     assert rows[0]["dead_groups"] < 1
     assert rows[0]["norm"] > 1e-3
     assert rows[0]["mismatch_max"] < 1e-4
+    row, full = rows[0], 16 * (16 + 32)  # with all padding
+    assert row["step_tokens"] == pytest.approx(16 * row["length"])
+    assert row["utilisation"] == pytest.approx(row["flops_per_second"] / 1e12 / jax.device_count())
+    seconds = row["step_tokens"] / row["tokens_per_second"]
+    tokens = row["flops_per_second"] * seconds / flops_per_token(zoo.config("v2-nano"), 32)
+    assert row["step_tokens"] < tokens < full
 
 
 def test_all_options_at_once(tmp_path):
@@ -114,9 +130,78 @@ def test_all_options_at_once(tmp_path):
     assert [r["step"] for r in rows] == [1, 2]
     assert all(np.isfinite(list(r.values())).all() for r in rows)
     assert rows[0]["kl"] < 1e-4  # the reference is the policy before the updates
+    assert rows[0]["load"] > 1
+    assert rows[0]["dead_experts"] >= 0
     assert {"reward/format", "reward/overlong", "truncated", "entropy", "dropped"} <= set(rows[0])
     notes = [r for r in read_metrics(out / "metrics.jsonl") if "held_out" in r]
     assert " = " in notes[-1]["sample"]
+
+
+@pytest.fixture
+def small(monkeypatch, model):
+    """(changes) -> (state, step, problems): GRPO of a small model whose odd answers are right.
+
+    It is as it was initialised, so that no two answers are alike.
+    """
+    config = dataclasses.replace(
+        model.config, num_hidden_layers=2, hidden_size=32, intermediate_size=32,
+        moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    own = model._replace(config=config, params=zoo.init(config, jax.random.key(0)), source=None)
+    monkeypatch.setattr(grpo, "judged", lambda *given: {"accuracy": float(given[-1] % 2)})
+
+    def made(**changes):
+        recipe = dataclasses.replace(TINY, max_tokens=16, rate=1e-2, warmup=0.0, **changes)
+        tx = grpo._optimiser(recipe, split_bias(own.params)[0])
+        state = start(own.params, tx, 0)
+        if recipe.objective.beta:
+            state = state._replace(extra={"reference": grpo._reference(recipe, state.params)})
+        state = jax.tree.map(jnp.copy, state)  # the step donates it
+        task = tasks.task("arithmetic")
+        asked = tasks.batch(task.problems, recipe.prompts, 0)
+        return state, grpo.learner(recipe, own, task, tx, state, lambda batch: batch), asked
+
+    return made
+
+
+def test_a_correction_of_rollouts_changes_the_loss(small):
+    """Generator and trainer differ by more in bfloat16 than in float32: that is what it weighs.
+
+    Without it the loss is minus the mean advantage, 0.
+    """
+    found = {}
+    for correction in ("none", "mask"):
+        objective = Objective(correction=correction, cap=1.001)
+        state, step, asked = small(compute="bfloat16", old="recomputed", objective=objective)
+        state, metrics = step(state, asked)
+        assert 1e-4 < metrics["sums"]["mismatch_max"].value < 1
+        found[correction] = float(metrics["loss"])
+        assert {a.dtype for a in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    assert abs(found["none"]) < 1e-5
+    assert abs(found["mask"]) > 1e-3
+
+
+def test_a_refreshed_reference_is_the_policy(small):
+    """Without it the divergence grows from the first update on; behind it, it is 0 again."""
+    found = {}
+    for every in (0, 2):
+        state, step, asked = small(objective=Objective(beta=0.01), reference_every=every)
+        found[every] = []
+        for _ in range(3):
+            state, metrics = step(state, asked)
+            found[every].append(figures_of(state, metrics)["kl"])
+    assert found[0][0] == pytest.approx(0, abs=1e-7)
+    assert min(found[0][1:]) > 1e-4
+    assert found[2][:2] == found[0][:2]
+    assert found[2][2] == pytest.approx(0, abs=1e-7)
+
+
+def test_experts_loads_are_those_of_the_tokens_that_count(small):
+    state, step, asked = small()
+    _, metrics = step(state, asked)
+    load = np.asarray(metrics["sums"]["load"]["moe"])
+    assert load.shape == (1, 4)
+    assert load.sum() == 2 * metrics["sums"]["length"].total
 
 
 def test_a_replayed_update_keeps_the_experts(model, made):
@@ -163,10 +248,24 @@ def test_what_has_no_verdict_or_was_cut_off_is_not_in_the_loss():
     assert batch["mask"][0].tolist()[:8] == [0, 0, 1, 1, 1, 1, 1, 0]
 
 
+def test_figures_of_a_rollout():
+    rewards = np.array([[1.0, np.nan], [0.5, 0.5]])
+    told = {
+        k: m.total / m.weight
+        for k, m in figures(trajectories(), verdicts(1.0, np.nan, 0.0, 0.0), rewards).items()
+    }
+    assert told == {
+        "reward": pytest.approx(2 / 3), "length": 5.0, "reward/format": 1.0,
+        "reward/language": 0.5, "accuracy": pytest.approx(1 / 3), "truncated": 0.25,
+        "dead_groups": 1.0, "dropped": 0.25,
+    }  # fmt: skip
+    assert trajectories().ends.tolist() == [8] * 4
+
+
 def test_dead_groups_are_replaced_and_the_others_stay():
     made, fresh = trajectories(), trajectories(2)
     fresh = fresh._replace(tokens=fresh.tokens + 1000)
-    new, found = grpo._replaced(made, list("abcd"), np.array([False, True]), fresh, list("xy"))
+    new, found = replaced(made, list("abcd"), np.array([False, True]), fresh, list("xy"))
     assert found == list("abxy")
     np.testing.assert_array_equal(new.tokens[:2], made.tokens[:2])
     np.testing.assert_array_equal(new.tokens[2:], fresh.tokens)
@@ -182,6 +281,7 @@ def test_dead_groups_are_replaced_and_the_others_stay():
         ({"accumulate": 3}, "16 answers of a mini-batch do not form 3 micro-batches"),
         ({"temperature": 0.0}, "must be above 0"),
         ({"temperature": 0.7, "objective": Objective(correction="mask")}, "needs temperature 1"),
+        ({"objective": Objective(correction="mask")}, "set --old recomputed"),
         ({"task": "jsonl"}, "needs --data"),
         ({"prompt_tokens": 2}, "do not fit in"),
     ],

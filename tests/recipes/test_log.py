@@ -2,6 +2,7 @@
 
 import json
 import struct
+import types
 from pathlib import Path
 
 import jax
@@ -11,8 +12,8 @@ import optax
 import pytest
 
 from deepzoo import zoo
-from deepzoo.recipes.parts import events
-from deepzoo.recipes.parts.flops import flops_per_token, peak_flops
+from deepzoo.recipes.parts import events, log
+from deepzoo.recipes.parts.flops import flops_of_rows, flops_per_token, peak_flops
 from deepzoo.recipes.parts.log import METRICS, TIMES, Log, figures, read_metrics
 from deepzoo.recipes.parts.step import Mean, Peak, start
 from deepzoo.zoo.count import count
@@ -74,7 +75,7 @@ def test_rows_behind_the_restored_step_are_cut_off_and_a_torn_line_too(tmp_path:
     rows = plain(tmp_path / "a" / METRICS)
     assert [r["step"] for r in rows] == [1, 2, 4, 4, 6, 8, 8, 10]
     assert rows[3] == {"step": 4, "sample": "ätwa\n\x1b[2J", "accuracy": 0.5, "missing": None}
-    assert rows[4]["tokens"] == 600
+    assert rows[4]["step_tokens"] == 40
     run(tmp_path / "b", 0, 7)
     with (tmp_path / "b" / METRICS).open("a") as file:
         file.write('{"step": 8, "lo')
@@ -94,8 +95,41 @@ def test_a_bad_batch_has_a_row_whenever_it_comes(tmp_path: Path):
     log.close()
     (row,) = read_metrics(tmp_path / METRICS)
     assert (row["step"], row["loss"]) == (7, None)
-    assert "tokens" not in row
     assert not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize(
+    ("sums", "tokens", "work"),  # of the two steps of a row, which take 4 seconds
+    [
+        ({}, 200.0, 200e6),  # the constants
+        ({"length": Mean(jnp.float32(40.0), jnp.float32(8.0))}, 80.0, 80e6),
+        ({"tokens": jnp.int32(30), "length": Mean(jnp.float32(40), jnp.float32(8))}, 60.0, 60e6),
+        ({"tokens": jnp.int32(30), "flops": 5e7}, 60.0, 1e8),
+    ],
+)
+def test_what_a_step_counted_itself_goes_before_constants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sums: dict, tokens: float, work: float
+):
+    now = 0.0
+    clock = types.SimpleNamespace(perf_counter=lambda: now, time=lambda: now)
+    monkeypatch.setattr(log, "time", clock)
+    monkeypatch.setattr(log, "peak_flops", lambda: 1e9)
+    made = Log(tmp_path, every=2, quiet=True, tensorboard=False)
+    made.go_on(2)
+    with made.watch(2, 6, lambda step: 100.0 * step, 1e6):
+        for step in (3, 4, 5, 6):
+            now += 2.0
+            made(state(step), metrics() | {"sums": sums})
+    made.close()
+    rows = read_metrics(tmp_path / METRICS)
+    assert [r["step"] for r in rows] == [4, 6]
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(tokens / 4)
+        assert row["flops_per_second"] == pytest.approx(work / 4)
+        assert row["utilisation"] == pytest.approx(work / 4 / 1e9 / jax.device_count())
+        counts = {k: row[k] for k in ("tokens", "step_tokens", "flops") if k in row}
+        each = {"step_tokens": tokens / 2} if sums else {"tokens": 100.0 * row["step"]}
+        assert counts == each
 
 
 def crc32c(data: bytes) -> int:
@@ -213,4 +247,7 @@ def test_flops_of_a_token():
     assert 6 * 36e9 < linear < 6 * 37.6e9
     assert flops - linear == pytest.approx(6 * 61 * 128 * (192 + 128) * 2048)
     assert flops_per_token(released, 4096, mtp=True) > flops
+    lengths = np.array([4096, 100, 4096])
+    rows = 2 * 4096 * flops + 100 * flops_per_token(released, 100)
+    assert flops_of_rows(released, lengths) == pytest.approx(rows)
     assert jax.default_backend() != "cpu" or peak_flops() is None

@@ -187,10 +187,13 @@ def test_an_empty_answer_adds_nothing():
         assert float(out.weight) == float(few.weight)
 
 
-def test_a_divergence_without_a_reference_is_refused():
+def test_a_divergence_without_reference_and_a_correction_without_rollout_are_refused():
     logprobs, entropy, near, advantage, mask = (jnp.ones((2, 3)) for _ in range(5))
     with pytest.raises(ValueError, match="needs reference="):
         policy_loss(Objective(beta=0.1), logprobs, entropy, near, advantage[:, 0], mask, longest=3)
+    corrected = Objective(correction="mask")
+    with pytest.raises(ValueError, match="correction 'mask' needs rollout="):
+        policy_loss(corrected, logprobs, entropy, near, advantage[:, 0], mask, longest=3)
 
 
 def test_advantages_sum_to_zero_in_each_group_and_have_deviation_one():

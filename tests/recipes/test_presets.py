@@ -19,7 +19,7 @@ from deepzoo.recipes import distill, dpo, evaluate, extend, grpo, pretrain, r1, 
 from deepzoo.recipes.parts.bias import split_bias
 from deepzoo.recipes.parts.memory import planned
 from deepzoo.recipes.parts.mesh import placements
-from deepzoo.recipes.parts.step import State, Step, start
+from deepzoo.recipes.parts.step import State, Step, cast, start
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.target import target_config
 from deepzoo.zoo.types import Model
@@ -47,13 +47,13 @@ class Planned(NamedTuple):
     rate: Any
 
 
-def config_of(name: str, *, mtp: bool = False) -> Config:
-    """Of the model that a recipe trains: float32, not quantised."""
+def config_of(name: str, *, mtp: bool = False, dtype: str = "float32") -> Config:
+    """Of the model that a recipe trains (float32) or samples from: not quantised."""
     if name.startswith("runs/v"):  # what a preset of pretraining made
         found = pretrain.PRESETS[name.split("/")[1]].config
     else:
         found = zoo.config("deepseek-v3-base" if name.startswith("runs/") else LIKE.get(name, name))
-    return target_config(found, "float32", quantized=False, mtp=mtp)
+    return target_config(found, dtype, quantized=False, mtp=mtp)
 
 
 def first(config: Config, tx, *, reference: bool = False) -> State:
@@ -61,7 +61,8 @@ def first(config: Config, tx, *, reference: bool = False) -> State:
 
     def made(params) -> State:
         state = start(params, tx, 0)
-        return state._replace(extra={"reference": state.params} if reference else {})
+        extra = {"reference": cast(state.params, "bfloat16")} if reference else {}
+        return state._replace(extra=extra)
 
     return jax.eval_shape(made, zoo.abstract(config))
 
@@ -194,14 +195,15 @@ def test_a_preset_makes_a_step_of_the_whole_model(recipe: str, preset: str):
 @pytest.mark.parametrize(
     ("name", "slots", "width", "cache"),
     [  # bytes a token: (512 + 64) * 61 layers; keys and values, 2 heads of 128, 28 layers
-        ("reject", reject.PRESETS["r1_600k"].slots, 4096 + 32768, 4 * (512 + 64) * 61),
-        ("evaluate", evaluate.PRESETS["aime_like"].slots, 4096 + 32768, 4 * 2 * 2 * 128 * 28),
+        ("reject", reject.PRESETS["r1_600k"].slots, 4096 + 32768, 2 * (512 + 64) * 61),
+        ("evaluate", evaluate.PRESETS["aime_like"].slots, 4096 + 32768, 2 * 2 * 2 * 128 * 28),
     ],
 )
 def test_a_preset_that_samples_makes_a_step_of_decoding(name, slots, width, cache):
     recipe = {"reject": reject.PRESETS["r1_600k"], "evaluate": evaluate.PRESETS["aime_like"]}[name]
-    config = config_of(recipe.model)
+    config = config_of(recipe.model, dtype=recipe.dtype)
     params = zoo.abstract(config)
+    assert {a.dtype for a in jax.tree.leaves(params)} <= {jnp.bfloat16, jnp.dtype("float32")}
     empty = jax.eval_shape(lambda: zoo.cache(config, slots, width))
     tokens = jax.ShapeDtypeStruct((slots, 1), jnp.int32)
     out = jax.eval_shape(lambda p, t, c: zoo.apply(config, p, t, cache=c), params, tokens, empty)
@@ -220,6 +222,7 @@ def test_the_numbers_of_the_papers():
         assert recipe.prompts * recipe.answers == 8192  # outputs of a rollout
         assert recipe.prompts * recipe.answers // recipe.minibatches == 512  # 32 questions
         assert recipe.reference_every * recipe.minibatches == 400
+        assert recipe.compute == "bfloat16"
         assert (recipe.objective.clip_low, recipe.objective.clip_high) == (10, 10)
     assert zero.steps * zero.minibatches == 10_400
     assert two.steps * two.minibatches == pytest.approx(1700, abs=8)

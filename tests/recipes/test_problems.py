@@ -70,15 +70,33 @@ def test_too_few_records_are_told(records):
 def test_maths_form_and_language_are_judged(records):
     found = task("jsonl", records({"prompt": "1 + 1?", "answer": "2"}, *many()))
     problem = problems.Problem("1 + 1?", "2")
-    right = "<think>one and one</think><answer>2</answer>"
+    right = "<think>one and one</think>2"
     assert found.judge(problem, right, True) == {"accuracy": 1, "format": 1, "language": 1}
     assert found.judge(problem, right, False) == {"accuracy": 0, "format": 0, "language": 1}
     assert found.judge(problem, "\\boxed{2}", True)["accuracy"] == 1
     assert found.judge(problem, "\\boxed{2}", True)["format"] == 0
     assert found.judge(problem, right.replace("2", "3"), True)["accuracy"] == 0
     assert found.judge(problem, "", True) == {"accuracy": 0, "format": 0, "language": 0}
+    three = right.replace("2", "3")
+    assert found.judge(problem, three, True) == {"accuracy": 0, "format": 1, "language": 1}
     chinese = problem._replace(language="zh")
     assert found.judge(chinese, right, True)["language"] == 0
+
+
+def test_answer_tags_are_asked_of_those_whose_template_asks_for_them(records):
+    """R1 answers in a chat with a plain summary behind its thought, R1-Zero between tags."""
+    problem, path = problems.Problem("1 + 1?", "2"), records(*many())
+    chat, zero = task("jsonl", path), task("jsonl", path, template=R1_ZERO)
+    plain = task("jsonl", path, template="Question: {prompt}")
+    summary = "<think>\none and one\n</think>\n\nThe sum is \\boxed{2}."
+    tagged = "<think>one and one</think> <answer>2</answer>"
+    forms = [
+        [t.judge(problem, a, True)["format"] for a in (summary, tagged)]
+        for t in (chat, plain, zero)
+    ]
+    assert forms == [[1, 1], [1, 1], [0, 1]]
+    assert chat.judge(problem, summary, True)["accuracy"] == 1
+    assert zero.judge(problem, "\\boxed{2}", True)["format"] == 0
 
 
 def test_the_template_is_continued_as_it_is(records):

@@ -10,6 +10,7 @@ from resumable import Resumable, check
 from deepzoo.recipes import reject
 from deepzoo.recipes.parts import answers, tasks
 from deepzoo.recipes.parts.answers import Answer
+from deepzoo.recipes.parts.problems import task
 from deepzoo.recipes.parts.records import read
 from deepzoo.recipes.reject import PRESETS, fault, filtered
 from deepzoo.zoo.errors import RequestError
@@ -79,6 +80,23 @@ def test_each_reason(made, reason):
     lenient = dataclasses.replace(PRESETS["nano"], repeated=1.0)
     hard = ("without verdict", "cut off", "wrong")
     assert fault(lenient, made) == (reason if reason in hard else "")
+
+
+def test_the_preset_of_the_paper_keeps_an_answer_of_r1(tmp_path):
+    """A thought and a plain summary: what the released models write in a chat."""
+    path = tmp_path / "problems.jsonl"
+    path.write_text(json.dumps({"prompt": "1 + 1?", "answer": "2"}) + "\n")
+    recipe = dataclasses.replace(PRESETS["r1_600k"], data=str(path))
+    found = task(recipe.task, recipe.data, language=recipe.target_language)
+    (problem,) = found.everything
+
+    def reason(text):
+        judged = found.judge(problem, text, True)
+        return fault(recipe, Answer(0, problem.prompt, text, dict(judged), True, 100))
+
+    assert reason("<think>\nOne and one.\n</think>\n\nThe sum is \\boxed{2}.") == ""
+    assert reason("The sum is \\boxed{2}.") == "another form"
+    assert reason("<think>\nOne and one.\n</think>\n\nThe sum is \\boxed{3}.") == "wrong"
 
 
 def test_repeats_and_surplus_are_left_out(monkeypatch, tmp_path):

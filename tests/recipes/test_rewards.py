@@ -7,6 +7,7 @@ import pytest
 
 from deepzoo.recipes.parts.rewards import (
     Unreadable,
+    chat_form,
     final_answer,
     form,
     language,
@@ -162,6 +163,23 @@ def test_the_form_is_each_tag_once_in_order_and_nothing_outside():
     assert form("<answer>2</answer><think>a</think>") == (0.0, "tags in the wrong order")
     assert form(WELL + WELL) == (0.0, "<think> is not there once")
     assert form("") == (0.0, "<think> is not there once")
+
+
+def test_the_form_of_a_chat_is_one_thought_and_an_answer_behind_it():
+    assert chat_form("<think>\none and one\n</think>\n\nIt is **2**.") == (1.0, "")
+    assert chat_form(WELL) == (1.0, "")
+    for text, reason in {
+        "It is 2.": "<think> is not there once",
+        "<think>one and one": "</think> is not there once",
+        "one</think>2": "<think> is not there once",
+        "<think>a</think>2<think>b</think>2": "<think> is not there once",
+        "<think>a</think>2</think>": "</think> is not there once",
+        "</think>2<think>": "tags in the wrong order",
+        "2<think>a</think>2": "text before the thought",
+        "<think>one and one</think>\n": "no answer",
+        "<think> \n</think>2": "no thought",
+    }.items():
+        assert chat_form(text) == (0.0, reason)
 
 
 @pytest.mark.parametrize("piece", ["<think>", "<think><think>x", "</think><answer>", "<", " "])
