@@ -31,6 +31,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from deepzoo import zoo
 from deepzoo.recipes.parts import problems as tasks
@@ -45,9 +46,9 @@ from deepzoo.recipes.parts.optim import Bytes, adamw
 from deepzoo.recipes.parts.records import DataError, read
 from deepzoo.recipes.parts.rollout import rollout, step_seed
 from deepzoo.recipes.parts.rows import Overlong, Rows
-from deepzoo.recipes.parts.run import Options, Run
+from deepzoo.recipes.parts.run import Options, Run, mesh_of
 from deepzoo.recipes.parts.schedules import Schedule, scaled, warmup_cosine
-from deepzoo.recipes.parts.step import Mean, Metrics, State, jitted, start, train_step
+from deepzoo.recipes.parts.step import Mean, Metrics, State, Step, jitted, start, train_step
 from deepzoo.zoo.chat_formats import THINK
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.errors import RequestError
@@ -157,8 +158,9 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         RequestError: the settings contradict each other, or teacher and student do not have the
             same token ids and `mode` needs them.
     """
-    teacher = load_teacher(recipe)
-    student = load_student(recipe, teacher)
+    mesh = mesh_of(options)
+    teacher = load_teacher(recipe, mesh)
+    student = load_student(recipe, teacher, mesh)
     config = student.config
     if teacher is not None and recipe.mode != "hard":
         check_vocabularies(teacher, student)
@@ -167,13 +169,14 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
     if recipe.student:
         models["student"] = student.params
     told: dict[str, Any] = {"models": models, "model": config, "tokenizer": student.tokenizer}
+    told["frozen"] = None if teacher is None else teacher.config
     if given is not None:
         told["facts"] = {"data": leaf_fingerprint(given.tokens)}
     with Run(out, recipe, options, **told) as run:
         batch, steps = batches(recipe, run, teacher, student, given)
         tx = optimiser(recipe, student.params, steps)
-        state = run.state(lambda: start(student.params, tx, recipe.seed))
-        step = learner(recipe, tx, teacher, student, state)
+        state = run.state(lambda params: start(params, tx, recipe.seed), student.params)
+        step = learner(recipe, tx, teacher, student, state, run.ready)
 
         def whole(state: State) -> Model:
             return student._replace(params=with_bias(state.params, state.bias), source=None)
@@ -194,10 +197,10 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             flops=flops_per_token(config, recipe.length),
         )  # fmt: skip
         path = run.product("model", lambda path: zoo.save_hf(whole(state), path))
-    return zoo.load(path, dtype="float32")
+    return zoo.load(path, dtype="float32", mesh=mesh)
 
 
-def load_teacher(recipe: Recipe) -> Model | None:
+def load_teacher(recipe: Recipe, mesh: Mesh | None = None) -> Model | None:
     """The teacher, its layers as sampling or training wants them; None where it is not needed.
 
     Raises:
@@ -209,14 +212,15 @@ def load_teacher(recipe: Recipe) -> Model | None:
         raise RequestError("give either --data or --task, and leave the other empty")
     if recipe.mode == "hard" and recipe.data and recipe.student:
         return None
-    return zoo.load(recipe.teacher, dtype=recipe.compute, mtp=False, stacked=recipe.mode != "hard")
+    how: dict[str, Any] = {"dtype": recipe.compute, "mtp": False, "mesh": mesh}
+    return zoo.load(recipe.teacher, stacked=recipe.mode != "hard", **how)
 
 
-def load_student(recipe: Recipe, teacher: Model | None) -> Model:
+def load_student(recipe: Recipe, teacher: Model | None, mesh: Mesh | None = None) -> Model:
     """The student of `student`, or a fresh dense one with the teacher's token ids."""
     if recipe.student:
         how: dict[str, Any] = {"dtype": "float32", "quantized": False, "mtp": False}
-        return zoo.load(recipe.student, stacked=True, **how)
+        return zoo.load(recipe.student, stacked=True, mesh=mesh, **how)
     assert teacher is not None
     of = teacher.config
     config = Config(
@@ -226,7 +230,10 @@ def load_student(recipe: Recipe, teacher: Model | None) -> Model:
         max_position_embeddings=of.max_position_embeddings, initializer_range=0.05,
         bos_token_id=of.bos_token_id, eos_token_id=of.eos_token_id, dtype="float32",
     )  # fmt: skip
-    params = zoo.init(config, jax.random.key(recipe.seed))
+    init = functools.partial(zoo.init, config)
+    if mesh is not None:
+        init = jax.jit(init, out_shardings=zoo.shardings(config, mesh))
+    params = init(jax.random.key(recipe.seed))
     return Model(config, params, tokenizer_of(teacher), "student")
 
 
@@ -355,9 +362,14 @@ def optimiser(recipe: Recipe, params: Params, steps: int) -> optax.GradientTrans
 
 
 def learner(
-    recipe: Recipe, tx, teacher: Model | None, student: Model, state: State
+    recipe: Recipe,
+    tx,
+    teacher: Model | None,
+    student: Model,
+    state: State,
+    ready: Callable[[Any], Step] = lambda update: update,
 ) -> Callable[..., tuple[State, Metrics]]:
-    """(state, batch) -> (state, metrics) of the mode."""
+    """(state, batch) -> (state, metrics) of the mode; `ready` is a run's, for on-policy updates."""
     config = student.config
     compute = None if recipe.compute == "float32" else recipe.compute
     if recipe.mode == "hard":
@@ -372,9 +384,10 @@ def learner(
     step = train_step(
         loss, tx, recipe.accumulate, clip=recipe.clip, compute=compute, combine=with_teacher
     )
-    update = functools.partial(jitted(step, state), frozen=teacher.params)
+    jointly = jitted(step, state, teacher.params)
     if recipe.mode == "logits":
-        return update
+        return jointly
+    update = ready(jointly)
 
     def on_policy(state: State, prompts: list[list[int]]) -> tuple[State, Metrics]:
         made = rollout(

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from deepzoo import zoo
 from deepzoo.recipes.parts import problems as tasks
@@ -33,15 +34,17 @@ from deepzoo.recipes.parts.documents import pair
 from deepzoo.recipes.parts.flops import flops_per_token
 from deepzoo.recipes.parts.logprobs import score
 from deepzoo.recipes.parts.main import main
+from deepzoo.recipes.parts.mesh import spread
 from deepzoo.recipes.parts.mtp import loaded, with_mtp
 from deepzoo.recipes.parts.optim import adamw
 from deepzoo.recipes.parts.records import DataError, read
 from deepzoo.recipes.parts.rollout import rollout, step_seed
-from deepzoo.recipes.parts.run import Options, Run
+from deepzoo.recipes.parts.run import Options, Run, mesh_of
 from deepzoo.recipes.parts.schedules import Schedule, scaled, warmup_cosine
 from deepzoo.recipes.parts.step import Loss, Output, State, Step, jitted, start, train_step
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.fingerprint import leaf_fingerprint
+from deepzoo.zoo.model import Params
 from deepzoo.zoo.prompt import encode, tokenizer_of
 from deepzoo.zoo.types import Model
 
@@ -114,17 +117,18 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
     Raises:
         DataError: the data cannot be used; or the model's answers hold no pair.
     """
-    model, aside = loaded(recipe.model, dtype="float32", quantized=False)
+    mesh = mesh_of(options)
+    model, aside = loaded(recipe.model, dtype="float32", quantized=False, mesh=mesh)
     config = model.config
     made = from_records(recipe, model) if recipe.data else from_answers(recipe, model)
     count = len(made["tokens"])
     steps = -(-count * recipe.epochs // recipe.pairs)
     step, tx = learner(recipe, config, steps)
-    reference = reference_logprobs(config, model.params, made, recipe.pairs)
+    reference = reference_logprobs(config, model.params, made, recipe.pairs, mesh)
     facts = {"pairs": count, "data": leaf_fingerprint(made["tokens"])}
     told: dict[str, Any] = {"facts": facts, "models": {"model": model.params | aside}}
     with Run(out, recipe, options, model=config, tokenizer=model.tokenizer, **told) as run:
-        state = run.state(lambda: start(model.params, tx, recipe.seed))
+        state = run.state(lambda params: start(params, tx, recipe.seed), model.params)
 
         def batch(at: int) -> dict[str, np.ndarray]:
             import grain
@@ -152,7 +156,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         )  # fmt: skip
         trained = with_mtp(whole(state), aside)
         path = run.product("model", lambda path: zoo.save_hf(trained, path))
-    return zoo.load(path, dtype="float32")
+    return zoo.load(path, dtype="float32", mesh=mesh)
 
 
 def rate(recipe: Recipe, steps: int) -> Schedule:
@@ -197,21 +201,21 @@ def preference(config: Config, *, beta: float, nll: float = 0.0, remat: bool = F
     return loss
 
 
-def reference_logprobs(config: Config, params, made: Pairs, rows: int) -> np.ndarray:
+def reference_logprobs(
+    config: Config, params: Params, made: Pairs, rows: int, mesh: Mesh | None = None
+) -> np.ndarray:
     """Summed log-probability of every answer under the reference, float32 [N, 2]."""
 
     @jax.jit
-    def part(tokens, mask):
+    def part(params, tokens, mask):
         found = score(config, params, tokens.reshape(-1, tokens.shape[-1])).logprobs
         return (found.reshape(mask.shape) * mask).sum(axis=-1)
 
     count = len(made["tokens"])
     spare = -count % rows
     padded = {k: np.concatenate([a, a[:1].repeat(spare, axis=0)]) for k, a in made.items()}
-    parts = [
-        part(padded["tokens"][i : i + rows], padded["mask"][i : i + rows])
-        for i in range(0, count, rows)
-    ]
+    cut = ({k: a[i : i + rows] for k, a in padded.items()} for i in range(0, count, rows))
+    parts = [part(params, **(some if mesh is None else spread(some, mesh))) for some in cut]
     return np.concatenate(parts)[:count]
 
 

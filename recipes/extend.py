@@ -54,7 +54,7 @@ from deepzoo.recipes.parts.optim import Bytes, adamw
 from deepzoo.recipes.parts.packing import pack
 from deepzoo.recipes.parts.records import DataError, Records, read
 from deepzoo.recipes.parts.rows import Rows
-from deepzoo.recipes.parts.run import Options, Run
+from deepzoo.recipes.parts.run import Options, Run, mesh_of
 from deepzoo.recipes.parts.schedules import Schedule, scaled, warmup_constant_decay
 from deepzoo.recipes.parts.step import State, Step, cast, jitted, start, train_step
 from deepzoo.zoo.config import Config
@@ -164,7 +164,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         RequestError: the settings contradict each other or the model.
     """
     check(recipe)
-    model, aside = loaded(recipe.model, recipe.mtp, dtype="float32", quantized=False)
+    mesh = mesh_of(options)
+    model, aside = loaded(recipe.model, recipe.mtp, dtype="float32", quantized=False, mesh=mesh)
     before, tokenizer = model.config, tokenizer_of(model)
     config = extended(before, recipe)
     phases, held, facts = data(recipe, model._replace(params={}), config)
@@ -190,7 +191,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             hooks.append(run.every(recipe.evaluate_every, look, last=True))
             # Each time anew, also of a run that goes on: there is nothing to be remembered.
             found = [measured(c, model.params) for c in (before, config)]
-        state = run.state(lambda: start(model.params, tx, recipe.seed))
+        state = run.state(lambda params: start(params, tx, recipe.seed), model.params)
         model = model._replace(params={})  # the state has them, or newer ones
         update, begin = jitted(step, state), 0
         for batch, length, count in zip(phases, recipe.lengths, recipe.batches, strict=True):
@@ -219,7 +220,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             run.product("report.json", lambda path: path.write_text(text, encoding="utf-8"))
             run.product("report.md", lambda path: path.write_text(lines, encoding="utf-8"))
             run.say(lines.rstrip())
-    return zoo.load(path, dtype="float32")
+    return zoo.load(path, dtype="float32", mesh=mesh)
 
 
 def check(recipe: Recipe) -> None:

@@ -370,7 +370,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         )
         greedy = recipe.corpus == "arithmetic"
         path = run.product("model", lambda path: export(trained(state), path, greedy=greedy))
-    return zoo.load(path, dtype="float32")
+    return zoo.load(path, dtype="float32", mesh=run.mesh)
 
 
 def _tokenizer(recipe: Recipe) -> Tokenizer:

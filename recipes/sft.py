@@ -38,7 +38,7 @@ from deepzoo.recipes.parts.mtp import loaded, with_mtp
 from deepzoo.recipes.parts.optim import Bytes, adamw
 from deepzoo.recipes.parts.records import DataError, read
 from deepzoo.recipes.parts.rows import Overlong, Rows
-from deepzoo.recipes.parts.run import Options, Run
+from deepzoo.recipes.parts.run import Options, Run, mesh_of
 from deepzoo.recipes.parts.schedules import Schedule, scaled, warmup_cosine
 from deepzoo.recipes.parts.step import State, jitted, start, train_step
 from deepzoo.zoo.errors import RequestError
@@ -134,7 +134,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         )
     # Frozen parameters need no float32 master copy; FP8 weights and their scales stay as they are.
     dtype, frozen = recipe.compute if recipe.lora_rank else "float32", recipe.lora_rank > 0
-    model, aside = loaded(recipe.model, recipe.mtp, dtype=dtype, quantized=frozen)
+    mesh = mesh_of(options)
+    model, aside = loaded(recipe.model, recipe.mtp, dtype=dtype, quantized=frozen, mesh=mesh)
     config = model.config
     made = samples(recipe, model)
     rows = Rows(
@@ -142,18 +143,24 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         overlong=recipe.overlong, seed=recipe.seed,
     )  # fmt: skip
     steps = rows.steps(recipe.epochs)
-    trained = model.params
-    if recipe.lora_rank:
+
+    def adapters() -> Params:
         key = jax.random.key(recipe.seed)
-        trained = lora.init(config, recipe.lora_rank, recipe.lora_targets, key)
-    tx = optimiser(recipe, trained, steps)
+        return lora.init(config, recipe.lora_rank, recipe.lora_targets, key)
+
+    shapes = jax.eval_shape(adapters) if recipe.lora_rank else model.params
+    tx = optimiser(recipe, shapes, steps)
     facts = {"tokens": int(made.starts[-1]), "data": leaf_fingerprint(made.tokens)}
     told = {
         "facts": facts, "models": {"model": model.params | aside}, "tokenizer": model.tokenizer,
         "model": None if recipe.lora_rank else config,  # checkpoints hold the adapters alone
+        "frozen": config if recipe.lora_rank else None,
     }  # fmt: skip
     with Run(out, recipe, options, **told) as run:
-        state = run.state(lambda: start(trained, tx, recipe.seed))
+        if recipe.lora_rank:
+            state = run.state(lambda: start(adapters(), tx, recipe.seed))
+        else:
+            state = run.state(lambda params: start(params, tx, recipe.seed), model.params)
 
         def whole(state: State) -> Model:
             params = with_bias(state.params, state.bias)
@@ -183,7 +190,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
                 lora.export, config, state.params, recipe.lora_alpha, base=recipe.model
             )
             run.product("adapter", adapter)
-    return zoo.load(path, dtype="float32")
+    return zoo.load(path, dtype="float32", mesh=mesh)
 
 
 def rate(recipe: Recipe, steps: int) -> Schedule:
@@ -208,9 +215,7 @@ def learner(
         loss, tx, recipe.accumulate, clip=recipe.clip, combine=combine,
         compute=None if recipe.compute == "float32" else recipe.compute,
     )  # fmt: skip
-    if not recipe.lora_rank:
-        return jitted(step, state)
-    return functools.partial(jitted(step, state), frozen=model.params)
+    return jitted(step, state, model.params if recipe.lora_rank else None)
 
 
 def samples(recipe: Recipe, model: Model) -> Documents:

@@ -5,7 +5,7 @@ r]}}, with the leading axes of the weight: layers, experts. That is what a step 
 checkpoint holds:
 
     step = train_step(loss, tx, combine=combine(alpha, rank))
-    step = functools.partial(jitted(step, state), frozen=model.params)
+    step = jitted(step, state, model.params)
 
 The model adds x A^T B^T to the product with W, which is never touched: it may be FP8, and there is
 neither a second copy of it nor a gradient of its size. The price is 2 r (inputs + outputs)

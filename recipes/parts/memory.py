@@ -11,15 +11,18 @@ def estimate(step: Any, state: State, batch: Batch) -> str:
     """One line: bytes per device of parameters, optimiser, gradients, activations, in all.
 
     The step is compiled for it, and the first call uses that program. Gradients are float32, one a
-    parameter; activations are what else the program needs while it runs.
+    parameter; activations are what else the program needs while it runs. Frozen parameters, such as
+    a teacher's, have a number of their own.
 
     Args:
-        step: jitted.
+        step: from `jitted`.
         state: its first argument, arrays or shapes with shardings.
         batch: its second.
     """
     found = step.lower(state, batch).compile().memory_analysis()
     parts = _held(state)
+    if frozen := _bytes(getattr(step, "frozen", ())):
+        parts = {"frozen parameters": frozen} | parts
     if found is None:
         told = ", ".join(f"{name} {size(n)}" for name, n in parts.items())
         return f"memory per device: {told}; this backend does not tell what the step needs"

@@ -1,7 +1,7 @@
 """One recipe on several devices: where parameters, optimiser state and batches lie.
 
     mesh = parsed("data=2,fsdp=2,expert=2")
-    state = placed(state, config, mesh)
+    state = begun(lambda: start(zoo.init(config, key), tx, seed), config, mesh)
     batch = spread(batch, mesh)
 
 * `data`: rows of a batch; parameters are whole on every device of this axis.
@@ -19,6 +19,7 @@ are not used: the partitioner cannot cut them (see `kernels/dispatch.py`).
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -83,32 +84,44 @@ def parsed(text: str) -> Mesh | None:
     return mesh(**sizes)
 
 
-def placements(state: State, config: Config | None, on: Mesh) -> State:
-    """A `NamedSharding` for every leaf of a state.
+def placements[T](state: T, config: Config | None, on: Mesh, *, frozen: Config | None = None) -> T:
+    """A `NamedSharding` for every leaf of a state, or of a model's parameters.
 
     A leaf, wherever it is, lies as the parameter that its path ends with: moments and a reference
-    policy as the policy. A dimension that is not divisible stays whole, and so does every leaf that
-    is no parameter of the model (counters, router biases, adapters).
+    policy as the policy. Adapters lie as their weight does, whole along the rank. A dimension that
+    is not divisible stays whole, and so does every leaf that is none of these (counters, router
+    biases of a state).
 
     Args:
         state: arrays or shapes.
-        config: the model that `state.params` are of; None: every leaf is whole on every device.
+        config: the model that `state.params` are of.
         on: the mesh.
+        frozen: the model that adapters belong to, or a teacher: what it divides is divided, too.
+            Without it and `config` every leaf is whole on every device.
 
     Raises:
         RequestError: an axis of the mesh divides no parameter at all.
     """
     sizes = dict(on.shape)
-    if config is None:
+    specs: dict[tuple[str, ...], PartitionSpec] = {}
+    models = [c for c in (frozen, config) if c is not None]
+    if not models:
         if idle := [k for k, n in sizes.items() if k != "data" and n > 1]:
             raise RequestError(
                 f"mesh {Sizes(**sizes)}: what is trained here is whole on every device;"
                 f" {', '.join(idle)} would divide nothing, use data"
             )
-        specs = {}
     else:
-        _check(config, sizes)
-        specs = {tuple(k.split("/")): s.spec for k, s in named(zoo.shardings(config, on)).items()}
+        _check(models, sizes)
+    if frozen is not None:
+        for path, spec in _specs(frozen, on).items():
+            if path[-1] == "weight" and len(spec) > 1:
+                *leading, outputs, inputs = spec
+                layer = ".".join(path[:-1])
+                specs[layer, "a"] = PartitionSpec(*leading, None, inputs)
+                specs[layer, "b"] = PartitionSpec(*leading, outputs, None)
+    if config is not None:
+        specs |= _specs(config, on)
 
     def place(path: Any, leaf: Any) -> NamedSharding:
         keys = [jax.tree_util.keystr((k,), simple=True) for k in path]
@@ -129,9 +142,49 @@ def placements(state: State, config: Config | None, on: Mesh) -> State:
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def placed(state: State, config: Config | None, on: Mesh) -> State:
+def placed[T](state: T, config: Config | None, on: Mesh, *, frozen: Config | None = None) -> T:
     """The same state, spread over the mesh; see `placements`."""
-    return jax.tree.map(_put, state, placements(state, config, on))
+    return jax.tree.map(_put, state, placements(state, config, on, frozen=frozen))
+
+
+def begun(
+    make: Callable[..., State],
+    config: Config | None,
+    on: Mesh,
+    *given: Any,
+    frozen: Config | None = None,
+) -> State:
+    """`make(*given)`, made where it lies: no leaf is whole on a device that holds a part of it.
+
+    Args:
+        make: a pure function that jax can trace. What it has from outside, and not as arguments, is
+            copied to every device.
+        config: see `placements`.
+        on: the mesh.
+        given: trees of arrays, such as a model's parameters. Those that lie as they shall, as
+            `zoo.load(..., mesh=on)` puts them, become part of the state without a copy.
+        frozen: see `placements`.
+
+    Raises:
+        RequestError: see `placements`.
+    """
+    program, shapes = jax.make_jaxpr(make, return_shape=True)(*given)
+    where, form = jax.tree.flatten(placements(shapes, config, on, frozen=frozen))
+    given = placed(given, config, on, frozen=frozen)
+    # Of what is handed on unchanged a compiled program would make a copy: it is left out of it.
+    named_in = zip(program.jaxpr.invars, jax.tree.leaves(given), strict=True)
+    held = {id(name): leaf for name, leaf in named_in}
+    leaves = [held.get(id(name)) for name in program.jaxpr.outvars]
+    new = [i for i, leaf in enumerate(leaves) if leaf is None]
+
+    def rest(*given: Any) -> list[jax.Array]:
+        made = jax.tree.leaves(make(*given))
+        return [made[i] for i in new]
+
+    made = jax.jit(rest, out_shardings=[where[i] for i in new])(*given)
+    for i, leaf in zip(new, made, strict=True):
+        leaves[i] = leaf
+    return jax.tree.unflatten(form, map(_put, leaves, where))
 
 
 def spread(batch: Any, on: Mesh) -> Any:
@@ -165,7 +218,11 @@ def _put(leaf: Any, where: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
 
 
-def _check(config: Config, sizes: dict[str, int]) -> None:
+def _specs(config: Config, on: Mesh) -> dict[tuple[str, ...], PartitionSpec]:
+    return {tuple(k.split("/")): s.spec for k, s in named(zoo.shardings(config, on)).items()}
+
+
+def _check(models: list[Config], sizes: dict[str, int]) -> None:
     meant: dict[str, dict[str, int]] = {axis: {} for axis in sizes}
 
     def note(leaf: jax.ShapeDtypeStruct, names: tuple[str, ...]) -> None:
@@ -173,7 +230,8 @@ def _check(config: Config, sizes: dict[str, int]) -> None:
             if (axis := RULES.get(name)) in meant:
                 meant[axis][name] = n
 
-    jax.tree.map(note, zoo.abstract(config), axes(config))
+    for config in models:
+        jax.tree.map(note, zoo.abstract(config), axes(config))
     for axis, there in meant.items():
         count = sizes[axis]
         if axis != "data" and count > 1 and not any(n % count == 0 for n in there.values()):

@@ -24,12 +24,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import jax
+from jax.sharding import Mesh
 
 from deepzoo.recipes.parts import checkpoint
 from deepzoo.recipes.parts.fit import Hook, fit
 from deepzoo.recipes.parts.log import Log
 from deepzoo.recipes.parts.memory import estimate
-from deepzoo.recipes.parts.mesh import parsed, placed, spread
+from deepzoo.recipes.parts.mesh import begun, parsed, placements, spread
 from deepzoo.recipes.parts.settings import differences, plain
 from deepzoo.recipes.parts.step import Batch, Metrics, State, Step
 from deepzoo.zoo.config import Config
@@ -69,12 +70,21 @@ class Options:
     """How all devices are used, such as "data=2,fsdp=2,expert=2"; see recipes/parts/mesh.py."""
 
 
+def mesh_of(options: Options | None) -> Mesh | None:
+    """The mesh that a recipe loads its models onto; None without options or `mesh`.
+
+    Raises:
+        RequestError: it cannot be read, or does not fit the devices.
+    """
+    return None if options is None else parsed(options.mesh)
+
+
 class Run:
     """A run's directory, locked while the `with` block lasts.
 
         with Run(out, recipe, options, model=config, tokenizer=tokenizer) as run:
-            state = run.state(lambda: start(params, tx, recipe.seed))
-            state = run.fit(jax.jit(step, donate_argnums=0), state, batch, recipe.steps)
+            state = run.state(lambda params: start(params, tx, recipe.seed), model.params)
+            state = run.fit(jitted(step, state), state, batch, recipe.steps)
             run.product("model", lambda path: save_hf(..., path))
 
     Attributes:
@@ -91,6 +101,7 @@ class Run:
         options: Options | None = None,
         *,
         model: Config | None = None,
+        frozen: Config | None = None,
         tokenizer: "Tokenizer | None" = None,
         facts: Mapping[str, Any] | None = None,
         models: Mapping[str, Any] | None = None,
@@ -103,6 +114,7 @@ class Run:
             options: how it is kept and watched.
             model: config that describes `params` with the biases; a checkpoint is then a model
                 that `zoo.load` reads.
+            frozen: config of a model beside the state: one that adapters belong to, or a teacher.
             tokenizer: saved with the model.
             facts: further values that must be the same on resuming, such as the fingerprint of a
                 data set.
@@ -115,7 +127,8 @@ class Run:
         self._told = {"recipe": type(recipe).__module__, "settings": plain(recipe)}
         self._told |= {"facts": plain(facts or {})}
         self._told |= {"models": {name: digest(p) for name, p in (models or {}).items()}}
-        self._model, self._tokenizer, self._open = model, tokenizer, frozenset(open)
+        self._model, self._frozen = model, frozen
+        self._tokenizer, self._open = tokenizer, frozenset(open)
         self._folder = self.out / _CHECKPOINTS
         self._ending = False
         self._saved: int | None = None
@@ -137,7 +150,7 @@ class Run:
                 f"{self.out}: a run's directory is for one process, and this is one of"
                 f" {jax.process_count()}; several use `fit` and `checkpoint.save_state` alone"
             )
-        self.mesh = parsed(self.options.mesh)
+        self.mesh = mesh_of(self.options)
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.out)
         try:
@@ -174,26 +187,39 @@ class Run:
         """A batch with its rows divided over the mesh; without a mesh, as it is."""
         return batch if self.mesh is None else spread(batch, self.mesh)
 
-    def state(self, make: Callable[[], State]) -> State:
-        """The newest whole checkpoint's state, or `make()` without one, spread over the mesh.
+    def state(self, make: Callable[..., State], *given: Any) -> State:
+        """The newest whole checkpoint's state, or `make(*given)` without one.
 
-        Without a mesh it is placed as `make()` is.
+        Under a mesh it is read or made in parts, each where it lies; see `mesh.begun`.
+
+        Args:
+            make: a pure function, such as `lambda params: start(params, tx, seed)`.
+            given: arrays that the state takes over, such as a model's parameters: they are not to
+                be used afterwards, since the step donates them, and a checkpoint takes their room.
 
         Raises:
             CheckpointError: every checkpoint is damaged, or the parameters are not finite.
             RequestError: the mesh divides nothing of this model.
         """
-        state = make()
-        if self.mesh is not None:
-            state = placed(state, self._model, self.mesh)
         if checkpoint.saved(self._folder):
-            like = checkpoint.abstract(state)
-            del state  # there is never room for two
+            like = jax.eval_shape(make, *given)
+            if self.mesh is not None:
+                places = placements(like, self._model, self.mesh, frozen=self._frozen)
+                like = jax.tree.map(
+                    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), like, places
+                )
+            for leaf in jax.tree.leaves(given):  # there is never room for two
+                if isinstance(leaf, jax.Array):
+                    leaf.delete()
             found = checkpoint.newest(self._folder, like, self.say)
             assert found is not None
             state = found
             self._saved = int(state.step)
             self.say(f"going on from step {self._saved}")
+        elif self.mesh is not None:
+            state = begun(make, self._model, self.mesh, *given, frozen=self._frozen)
+        else:
+            state = make(*given)
         checkpoint.check_finite(state.params, self.out)
         self.log.go_on(int(state.step))
         return state
@@ -213,8 +239,8 @@ class Run:
         """`fit` with the log before the hooks `on`, and checkpoints after them.
 
         Args:
-            step: see `fit`; of a jitted one the memory is estimated and printed, and its batches
-                are spread over the mesh. Another one spreads them itself (`spread`).
+            step: see `fit`; of one from `jitted` the memory is estimated and printed, and its
+                batches are spread over the mesh. Another one calls `ready` for its own updates.
             state: see `fit`.
             batch: see `fit`.
             steps: see `fit`.
@@ -242,6 +268,24 @@ class Run:
         if int(state.step) != self._saved:
             self.save(state)
         return state
+
+    def ready(self, update: Any) -> Step:
+        """A jitted update for a step that makes its own batches.
+
+        Its batches are spread over the mesh, and before the first its memory is estimated and
+        printed.
+        """
+        told = False
+
+        def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+            nonlocal told
+            batch = self.spread(batch)
+            if not told:
+                self.say(estimate(update, state, batch))
+                told = True
+            return update(state, batch)
+
+        return step
 
     def every(
         self, steps: int, look: Callable[[State], Mapping[str, Any] | None], *, last: bool = False

@@ -5,6 +5,7 @@ any size add up to exactly the mean over all tokens. A step is pure. Randomness 
 step)`. Router biases are state of their own: the optimiser never sees them.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -171,12 +172,35 @@ def train_step(
     return step
 
 
-def jitted(step: Callable[..., tuple[State, Metrics]], state: State) -> Any:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bound:
+    """A jitted step with its frozen parameters: called and lowered as one of (state, batch)."""
+
+    step: Any
+    frozen: Params
+
+    def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        return self.step(state, batch, self.frozen)
+
+    def lower(self, state: State, batch: Batch) -> Any:
+        return self.step.lower(state, batch, self.frozen)
+
+
+def jitted(
+    step: Callable[..., tuple[State, Metrics]], state: State, frozen: Params | None = None
+) -> Any:
     """The compiled step: it donates its state, and places the new one as `state` is placed.
 
     Under a mesh the compiler would else choose for itself, and the second step be another program.
     Metrics are then whole on every device, so that every process can read them.
+
+    Args:
+        step: from `train_step`.
+        state: as all states will be placed.
+        frozen: parameters that a step with `combine` takes besides; no constants of the program.
     """
+    if frozen is not None:
+        return Bound(jitted(step, state), frozen)
     placed = jax.tree.map(lambda a: a.sharding, state)
     mesh = getattr(placed.step, "mesh", None)
     if mesh is None:  # said aloud, one device's placement would itself make two programs of it

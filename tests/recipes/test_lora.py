@@ -135,7 +135,7 @@ def test_in_bfloat16_the_frozen_fp8_weights_keep_their_scales():
     tx = optax.sgd(0.1)
     state = start(made, tx, 0)
     step = sft.learner(recipe, model, tx, state)
-    frozen = step.keywords["frozen"]  # pyright: ignore
+    frozen = step.frozen
     assert frozen["moe"]["mlp"]["experts"]["up_proj"]["weight_scale_inv"].dtype == jnp.float32
     assert frozen["embed_tokens"]["weight"].dtype == jnp.bfloat16
     tokens = np.arange(3, 16, dtype=np.int32)[None]
