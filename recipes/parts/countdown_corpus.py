@@ -50,7 +50,7 @@ def careless(*seed: int) -> Iterator[Text]:
         last = int(rng.geometric(hazard))
         order = rng.permutation(3).tolist()
         lines = list(itertools.islice(search(target, numbers, order, named=False), last))
-        thought, said = concluded(lines, named=False)
+        thought, said = concluded(lines)
         bare = "\n".join([f"{THINK}", *thought, f"So {said}."])
         yield Text(prompt(target, numbers), bare if rng.random() < BARE else ended(thought, said))
 

@@ -12,17 +12,6 @@ order is that of the problem, so that no line comes twice, and a complete search
 12 lines. Of four numbers, chains such as ((a + b) * c) - d are followed only where the last number
 fits. `over` stands for what exceeds 99; a result of 0, or one that was there, is not followed.
 
-Where two pairs make the target, what the answer needs is looked up line by line, for a small model
-does not find two values' origins at once:
-
-    2, 16: 18 14 32
-    10, 16: 26 6 over
-    18 = 2 + 16, 10: 28 8 over; 16: 34 2 over; 26: 44 8 over; 6: 24 12 yes
-    12 = 18 - 6
-    18 = 2 + 16
-    6 = 16 - 10
-    12 = (2 + 16) - (16 - 10)
-
 Careless searches, which a base model learns, leave out where a value comes from (`2, 9: 11 7 18`).
 A small model that has to look it up in the end often takes another of the same value.
 """
@@ -156,15 +145,11 @@ def solution(question: str) -> str:
     return ended(*concluded(lines))
 
 
-def concluded(lines: Sequence[Line], *, named: bool = True) -> tuple[list[str], str]:
-    """Lines of a thought, and the answer that they lead to. named: as for `search`."""
+def concluded(lines: Sequence[Line]) -> tuple[list[str], str]:
+    """Lines of a thought, and the answer that they lead to."""
     texts, found = [line.text for line in lines], lines[-1].found
     if found is None:
         return [*texts, GIVE_UP], NONE
-    sides = [n for n in (found.left, found.right) if n is not None]
-    if named and all(n.operator for n in sides):
-        bare = found._replace(left=Node(sides[0].value), right=Node(sides[1].value))
-        texts += dict.fromkeys(map(_made, (bare, *sides)))
     return [*texts, _made(found)], formula(found)
 
 

@@ -183,13 +183,6 @@ def test_every_search_is_right_complete_and_without_repeats(numbers):
         form = re.fullmatch(r"<think>\n(.+)\n</think>\n<answer>(.+)</answer>", text, re.DOTALL)
         assert form is not None
         *lines, last = form[1].split("\n")
-        end = next((i + 1 for i, line in enumerate(lines) if line.endswith(" yes")), len(lines))
-        lines, looked_up = lines[:end], lines[end:]
-        for equation in looked_up:
-            result, source = equation.split(" = ")
-            assert value(source) == int(result)
-        pairs = bool(re.search(r"\d\) . \(\d", last))
-        assert len(looked_up) in ((2, 3) if pairs else (0,))  # 2 of one pair with itself
         assert len(set(lines)) == len(lines)
         for line in lines:
             origin, _, rest = line.partition(", ")
@@ -212,7 +205,7 @@ def test_every_search_is_right_complete_and_without_repeats(numbers):
         assert value(form[2]) == target
         used = Counter(int(n) for n in re.findall("[0-9]+", form[2]))
         assert used <= Counter(given)
-        assert last.startswith(f"{target} = ") and last.endswith(f" = {form[2]}")
+        assert last == f"{target} = {form[2]}"
     assert 20 < gave_up < 100
     assert longest <= {3: 160, 4: LENGTH - 20}[numbers]
 
