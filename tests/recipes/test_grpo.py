@@ -141,16 +141,19 @@ def test_all_options_at_once(tmp_path):
 def small(monkeypatch, model):
     """(changes) -> (state, step, problems): GRPO of a small model whose odd answers are right.
 
-    It is as it was initialised, so that no two answers are alike.
+    It has a dense layer and, with layers=2, one with experts; it is as it was initialised, so that
+    no two answers are alike.
     """
     config = dataclasses.replace(
-        model.config, num_hidden_layers=2, hidden_size=32, intermediate_size=32,
+        model.config, hidden_size=32, intermediate_size=32,
         moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
-    own = model._replace(config=config, params=zoo.init(config, jax.random.key(0)), source=None)
     monkeypatch.setattr(grpo, "judged", lambda *given: {"accuracy": float(given[-1] % 2)})
 
-    def made(**changes):
+    def made(layers=1, **changes):
+        here = dataclasses.replace(config, num_hidden_layers=layers)
+        params = zoo.init(here, jax.random.key(0))
+        own = model._replace(config=here, params=params, source=None)
         recipe = dataclasses.replace(TINY, max_tokens=16, rate=1e-2, warmup=0.0, **changes)
         tx = grpo._optimiser(recipe, split_bias(own.params)[0])
         state = start(own.params, tx, 0)
@@ -197,7 +200,7 @@ def test_a_refreshed_reference_is_the_policy(small):
 
 
 def test_experts_loads_are_those_of_the_tokens_that_count(small):
-    state, step, asked = small()
+    state, step, asked = small(layers=2)
     _, metrics = step(state, asked)
     load = np.asarray(metrics["sums"]["load"]["moe"])
     assert load.shape == (1, 4)
