@@ -14,6 +14,7 @@ from deepzoo.recipes import evaluate
 from deepzoo.recipes.evaluate import PRESETS, chosen, perplexity, table
 from deepzoo.recipes.parts import answers, tasks
 from deepzoo.recipes.parts.problems import task
+from deepzoo.recipes.parts.run import Options
 from deepzoo.zoo import cli
 from deepzoo.zoo.errors import RequestError
 
@@ -85,6 +86,12 @@ def test_perplexity_is_that_of_every_token_but_the_first(tmp_path):
     found = perplexity(model, str(path), 16)
     assert found["tokens"] == count
     assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+    recipe = dataclasses.replace(
+        PRESETS["nano"], task="", text=str(path), length=16, dtype="bfloat16"
+    )
+    report = evaluate.train(recipe, tmp_path / "run", Options(quiet=True))
+    assert report["perplexity"] == pytest.approx(found["perplexity"], rel=0.05)
+    assert abs(report["nll"] - found["nll"]) > 1e-5  # it was computed in bfloat16
     # Cut into windows of four, each first token has nothing before it and is not counted.
     short = perplexity(model, str(path), 4)
     assert short["tokens"] == sum(
