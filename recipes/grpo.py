@@ -35,7 +35,7 @@ tokens of highest entropy alone.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +58,7 @@ from deepzoo.recipes.parts.main import main
 from deepzoo.recipes.parts.mtp import loaded, with_mtp
 from deepzoo.recipes.parts.optim import Bytes, adamw
 from deepzoo.recipes.parts.policy import Objective, policy_loss
-from deepzoo.recipes.parts.problems import Problem, Task
+from deepzoo.recipes.parts.problems import Problem, Task, Verdict
 from deepzoo.recipes.parts.rollout import (
     Trajectories,
     figures,
@@ -67,7 +67,7 @@ from deepzoo.recipes.parts.rollout import (
     rollout,
     step_seed,
 )
-from deepzoo.recipes.parts.run import Options, Run
+from deepzoo.recipes.parts.run import Options, Run, mesh_of
 from deepzoo.recipes.parts.schedules import Schedule, scaled, warmup_constant_decay
 from deepzoo.recipes.parts.step import (
     Loss,
@@ -216,15 +216,16 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         DataError: a problem cannot be used; with file and line.
         SandboxUnavailable: problems need programs to be run, which cannot be isolated here.
     """
-    model, aside = loaded(recipe.model, dtype="float32", quantized=False)
+    mesh = mesh_of(options)
+    model, aside = loaded(recipe.model, dtype="float32", quantized=False, mesh=mesh)
     _check(recipe, model)
     task = tasks.task(
         recipe.task, recipe.data, template=recipe.template, language=recipe.target_language
     )
     config = model.config
 
-    def initial() -> State:
-        state = start(model.params, tx, recipe.seed)
+    def initial(params: Params) -> State:
+        state = start(params, tx, recipe.seed)
         if recipe.objective.beta:
             return state._replace(extra={"reference": _reference(recipe, state.params)})
         return state
@@ -235,8 +236,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         "model": config, "tokenizer": model.tokenizer,
     }  # fmt: skip
     with Run(out, recipe, options, **told) as run:
-        state = run.state(initial)
-        step = learner(recipe, model, task, tx, state, run.spread)
+        state = run.state(initial, model.params)
+        step = learner(recipe, model, task, tx, state, run.ready)
 
         def whole(state: State) -> Model:
             return model._replace(params=with_bias(state.params, state.bias), source=None)
@@ -262,19 +263,17 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         )  # fmt: skip
         trained = with_mtp(whole(state), aside)
         path = run.product("model", lambda path: zoo.save_hf(trained, path))
-    return zoo.load(path, dtype="float32")
+    return zoo.load(path, dtype="float32", mesh=mesh)
 
 
-def learner(
-    recipe: Recipe, model: Model, task: Task, tx, like: State, spread: Callable
-) -> Callable:
+def learner(recipe: Recipe, model: Model, task: Task, tx, like: State, ready: Callable) -> Callable:
     """(state, problems) -> (state, metrics): one rollout and its updates.
 
-    `like` is a state that is placed as all will be, `spread` places a batch beside it.
+    `like` is a state that is placed as all will be, `ready` is a run's, for the jitted update.
     """
     config, objective = model.config, recipe.objective
     width = recipe.prompt_tokens + recipe.max_tokens
-    update = several(jitted(updating(recipe, config, tx), like))
+    update = several(ready(jitted(updating(recipe, config, tx), like)))
 
     @functools.partial(jax.jit, static_argnames="temperature")
     def micro(params, tokens, temperature: float):
@@ -337,8 +336,7 @@ def learner(
         if objective.beta:
             reference = with_bias(state.extra["reference"], state.bias)
             batch["reference"] = scored(reference, batch["tokens"])[0]
-        parts = [spread(part) for part in minibatches(batch, recipe.minibatches)]
-        state, metrics = update(state, parts)
+        state, metrics = update(state, minibatches(batch, recipe.minibatches))
         every = recipe.reference_every
         if objective.beta and every and int(state.step) % every == 0:
             state = state._replace(extra={"reference": _reference(recipe, state.params)})
@@ -396,13 +394,13 @@ def judged(
     return verdict
 
 
-def _components(recipe: Recipe, verdicts: list[dict[str, float]]) -> tuple[np.ndarray, np.ndarray]:
+def _components(recipe: Recipe, verdicts: Sequence[Verdict]) -> tuple[np.ndarray, np.ndarray]:
     """Components of the reward, float64 [C, P, G], NaN in all where one is NaN; and weights [C]."""
     weights = {"accuracy": recipe.accuracy, "format": recipe.format, "language": recipe.language}
     return rules.components(verdicts, weights | {"overlong": 1.0}, recipe.answers)
 
 
-def _rewards(recipe: Recipe, verdicts: list[dict[str, float]]) -> np.ndarray:
+def _rewards(recipe: Recipe, verdicts: Sequence[Verdict]) -> np.ndarray:
     """Sums of the weighted components, float64 [P, G]."""
     parts, weights = _components(recipe, verdicts)
     return np.tensordot(weights, parts, 1)

@@ -164,6 +164,144 @@ def test_a_recipe_goes_on_under_another_mesh(tmp_path):
     assert losses(one)[-1] < losses(one)[0]
 
 
+# Recipes from a loaded model: begun on one mesh, stopped, gone on with on another, and on no mesh.
+LOADED = """
+import dataclasses, json, os, signal, sys
+from pathlib import Path
+import jax
+from deepzoo import zoo
+from deepzoo.recipes import distill, dpo, sft
+from deepzoo.recipes.parts.log import Log
+from deepzoo.recipes.parts.run import Options, Run
+folder, names = Path(sys.argv[1]), sys.argv[2:]
+pairs = [
+    {"prompt": f"{n} + 3 =", "chosen": f"{n + 3}", "rejected": f"{n + 2}", "completion": f"{n + 3}"}
+    for n in range(12)
+]
+(folder / "data.jsonl").write_text("".join(json.dumps(pair) + "\\n" for pair in pairs))
+small = dict(data=str(folder / "data.jsonl"), task="", length=16, held_out=0, epochs=2, rate=1e-4)
+tuned = dataclasses.replace(sft.PRESETS["nano"], rows=4, split=True, **small)
+targets = ("attention", "routed_experts")
+student = dict(mode="logits", hidden=32, layers=2, rows=4, **small)
+cases = {
+    "full": (sft, tuned),
+    "lora": (sft, dataclasses.replace(tuned, lora_rank=2, lora_targets=targets)),
+    "logits": (distill, dataclasses.replace(distill.PRESETS["nano"], **student)),
+    "dpo": (dpo, dataclasses.replace(dpo.PRESETS["nano"], pairs=4, **small)),
+}
+told = {}
+
+def whole(run):
+    "Shapes of arrays that lie whole on a device although the mesh divides such a parameter."
+    divided, left = set(), set()
+    for config in filter(None, (run._model, run._frozen)):
+        shapes, places = zoo.abstract(config), zoo.shardings(config, run.mesh)
+        for leaf, place in zip(jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True):
+            both = left if place.shard_shape(leaf.shape) == leaf.shape else divided
+            both.add(leaf.shape)
+    divided -= left
+    assert len(divided) > 3
+    return [
+        a.shape for a in jax.live_arrays()
+        if a.shape in divided and any(s.data.shape == a.shape for s in a.addressable_shards)
+    ]
+
+fit, log = Run.fit, Log.__call__
+
+def looked(run, *args, **how):
+    if run.mesh is not None:
+        told["whole"] = told.get("whole", []) + whole(run)
+        told["starts"] = told.get("starts", 0) + 1
+    return fit(run, *args, **how)
+
+def logged(self, state, metrics):
+    log(self, state, metrics)
+    if int(state.step) == stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def said(run, line):
+    told["estimate"] = told.get("estimate", []) + [line] * line.startswith("memory per device: ")
+
+Run.fit, Run.say, Log.__call__ = looked, said, logged
+for name in names:
+    recipe, settings = cases[name]
+    for out, plan in (
+        ("several", ((2, "fsdp=2,expert=2"), (3, "data=2,tensor=2"))), ("one", ((3, ""),))
+    ):
+        for stop, on in plan:
+            try:
+                options = Options(mesh=on, log_every=1, tensorboard=False)
+                recipe.train(settings, folder / name / out, options)
+            except SystemExit:
+                pass
+    rows = {
+        out: [json.loads(line) for line in (folder / name / out / "metrics.jsonl").open()]
+        for out in ("several", "one")
+    }
+    losses = {out: [r["loss"] for r in found if "loss" in r] for out, found in rows.items()}
+    print(json.dumps(told | losses))
+    told.clear()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["full", "lora", "logits", "dpo"])
+def test_a_recipe_from_a_loaded_model_goes_on_under_another_mesh(tmp_path, recipe):
+    # XLA's threads wait for each other's in collectives: more than there are devices, or they may
+    # wait forever where a collective is in a branch.
+    done = child.run(LOADED, str(tmp_path), recipe, devices=4, timeout=900, env={"NPROC": "16"})
+    told = json.loads(done.stdout)
+    assert len(told["several"]) == len(told["one"]) == 3
+    np.testing.assert_allclose(told["several"], told["one"], rtol=2e-5)
+    assert len(set(told["one"])) == 3
+    assert told["whole"] == [] and told["starts"] == 2
+    assert len(told["estimate"]) == 3
+    frozen = recipe in ("lora", "logits")
+    assert all(("frozen parameters" in line) == frozen for line in told["estimate"])
+
+
+# A fresh state, made in parts, and the memory of this host while it is made.
+FRESH = """
+import dataclasses, json, sys
+import jax
+from deepzoo import zoo
+from deepzoo.recipes import pretrain
+from deepzoo.recipes.parts.mesh import begun, parsed
+from deepzoo.recipes.parts.step import start
+import optax
+
+def high_water():
+    for line in open("/proc/self/status"):
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) << 10
+
+def made(width, rows):
+    config = dataclasses.replace(
+        pretrain.PRESETS["nano"].config, hidden_size=width, vocab_size=rows, num_hidden_layers=2
+    )
+    tx = optax.adam(0.1)
+    make = lambda: start(zoo.init(config, jax.random.key(0)), tx, 0)
+    return jax.block_until_ready(begun(make, config, parsed("fsdp=4,tensor=2")))
+
+made(32, 64)
+before = high_water()
+state = made(512, 32768)
+peak = high_water() - before
+leaves = jax.tree.leaves(state)
+held = sum(s.data.nbytes for a in leaves for s in a.addressable_shards)
+print(json.dumps({"peak": peak, "held": held, "whole": sum(a.nbytes for a in leaves)}))
+"""
+
+
+def test_a_fresh_state_is_made_in_parts():
+    """Made on one device and then divided, it takes two and a half times its bytes at the peak."""
+    told = json.loads(child.run(FRESH, devices=8).stdout)
+    assert told["whole"] > 4e8
+    print(f"{told['held'] / 1e6:.0f} MB of parts, {told['peak'] / 1e6:.0f} MB at the peak")
+    assert told["held"] < 1.1 * told["whole"]
+    assert told["peak"] < 2 * told["held"]
+
+
 def test_a_mesh_is_all_devices_once():
     assert dict(mesh.parsed("data=1").shape) == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
     assert mesh.parsed("") is None
