@@ -16,6 +16,9 @@ One step: sample `answers` answers of each of `prompts` problems, judge them by 
 with its group, and make one update for each of `minibatches` parts. Four functions, which a fork
 replaces one by one: `rollout`, `judged`, `advantages`, `policy_loss`.
 
+Tokens a second are those of the answers, over all of a step; utilisation counts the operations of
+its updates alone, without those of rollouts, scoring and padding.
+
 Deviations:
 * R1 counts every update as a step: its 10,400 are 650 rollouts of 16 updates here;
 * R1-Zero's clipping is not stated; the 10 of R1's first stage is used;
