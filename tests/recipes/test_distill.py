@@ -137,6 +137,33 @@ def test_the_traces_are_right_answers_and_the_student_learns_them(tmp_path):
     assert np.mean(kl[-3:]) < np.mean(kl[:3]) - 1.0
 
 
+def test_hard_labels_are_learned_with_the_teacher_and_then_without_it(tmp_path):
+    """Its answers as text; and once they are written down, nobody asks the teacher again."""
+    options = Options(quiet=True, tensorboard=False, log_every=1)
+    recipe = dataclasses.replace(NANO, mode="hard", steps=12, rate=1e-2)
+    distill.train(recipe, tmp_path / "first", options)
+
+    def losses(run):
+        lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert all("kl" not in row for row in rows)
+        return [row["nll"] for row in rows]
+
+    first = losses("first")
+    assert len(first) == 12
+    assert first[0] == pytest.approx(np.log(1007), abs=0.5)
+    assert np.mean(first[-3:]) < np.mean(first[:3]) - 1.0
+    again = dataclasses.replace(
+        recipe, teacher="nobody", student=str(tmp_path / "first/model"), task="",
+        data=str(tmp_path / "first/traces"),
+    )  # fmt: skip
+    distill.train(again, tmp_path / "second", options)
+    assert not (tmp_path / "second" / "traces").exists()
+    second = losses("second")
+    assert np.mean(second[:3]) < np.mean(first[-3:]) + 0.5
+    assert np.mean(second[-3:]) < np.mean(second[:3]) - 0.5
+
+
 def test_on_policy_asks_the_student_and_moves_it(tmp_path):
     options = Options(quiet=True, tensorboard=False, log_every=1)
     recipe = dataclasses.replace(
