@@ -4,11 +4,11 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 import resumable
 from resumable import Resumable
@@ -18,13 +18,13 @@ from deepzoo.recipes import grpo, r1, sft
 from deepzoo.recipes.parts import main as line
 from deepzoo.recipes.parts import tasks
 from deepzoo.recipes.parts.accuracy import wilson
+from deepzoo.recipes.parts.log import read_metrics
 from deepzoo.recipes.parts.mixture import Mixture
 from deepzoo.recipes.parts.r1_report import command, evaluation
 from deepzoo.recipes.parts.run import Options, Run
 from deepzoo.recipes.r1 import PRESETS, plan
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.errors import RequestError
-from deepzoo.zoo.tokenizer import Tokenizer
 from deepzoo.zoo.types import Model
 
 NAMES = (
@@ -129,45 +129,62 @@ PROMPTS = [f"{n} + 1 =" for n in range(200)]
 
 
 def make(folder):
-    """A dense model that mostly answers 7, and problems whose answer is 7."""
-    config = Config(
-        model_type="qwen2", vocab_size=1007, hidden_size=16, intermediate_size=16,
-        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=64, initializer_range=0.02, bos_token_id=1, eos_token_id=2,
-        dtype="float32",
-    )  # fmt: skip
-    tokenizer = Tokenizer(tasks.tokenizer_files(), config)
-    ((equal,), (seven,)), (end,) = map(tokenizer.encode, "=7"), tokenizer.eos_ids
-    params = zoo.init(config, jax.random.key(0))
-    read, said = (np.array(params[name]["weight"]) for name in ("embed_tokens", "lm_head"))
-    # 7 behind =, the end behind 7: each of about eight in ten samples.
-    read[equal], read[seven] = np.eye(16)[:2]
-    said[seven], said[end] = 2.1 * np.eye(16)[:2]
-    params |= {"embed_tokens": {"weight": read}, "lm_head": {"weight": said}}
-    zoo.save_hf(Model(config, params, tokenizer), folder / "base")
-    for name, field in (("problems", "answer"), ("cold", "completion")):
-        lines = (json.dumps({"prompt": p, field: "7"}) + "\n" for p in PROMPTS)
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+    """Problems whose answer is 7; texts that say so three times in four, and 8 else."""
+    written = {
+        "problems": ("answer", lambda i: "7"),
+        "cold": ("completion", lambda i: "7"),
+        "texts": ("completion", lambda i: "7" if i % 4 else "8"),
+    }
+    for name, (field, said) in written.items():
+        lines = (json.dumps({"prompt": p, field: said(i)}) for i, p in enumerate(PROMPTS))
+        (folder / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
+    (folder / "tokenizer").mkdir()
+    for name, data in tasks.tokenizer_files().items():
+        (folder / "tokenizer" / name).write_bytes(data)
 
 
 def small(folder, nano=PRESETS["nano"]):
-    """A pipeline of a few seconds."""
+    """A pipeline of a few seconds, from nothing: base with experts and MTP, dense student."""
+
+    def pretraining(stage, **sizes):
+        tiny = dataclasses.replace(
+            stage.config, vocab_size=1007, hidden_size=16, intermediate_size=16,
+            num_attention_heads=2, max_position_embeddings=64, **sizes,
+        )  # fmt: skip
+        return dataclasses.replace(
+            stage, config=tiny, data=str(folder / "texts.jsonl"),
+            tokenizer=str(folder / "tokenizer"), steps=10, rows=8, length=32, adam_rate=0.1,
+            problems=0, sample_every=0,
+        )  # fmt: skip
+
     rl = dataclasses.replace(
         nano.zero, steps=2, prompts=2, answers=4, max_tokens=3, prompt_tokens=8, held_out=2,
         slots=8, least=0.0,
     )  # fmt: skip
     few = dataclasses.replace(
         nano.cold_start, data=str(folder / "cold.jsonl"), samples=0, epochs=1, rows=50, length=16,
-        mtp=0.0,
+        rate=0.05,
     )  # fmt: skip
     rejection = dataclasses.replace(
         nano.rejection, prompts=4, answers=4, at_once=2, max_tokens=3, slots=8, form=False
     )
+    distillation = dataclasses.replace(
+        nano.distillation, problems=0, max_tokens=3, rows=2, length=16, slots=8, rate=0.1
+    )
     return dataclasses.replace(
-        nano, base=str(folder / "base"), task="jsonl",
-        data=str(folder / "problems.jsonl"), general=str(folder / "cold.jsonl"), problems=4,
-        max_tokens=3, slots=8, evaluated=(), until="fine-tuning", zero=rl, rl_1=rl, cold_start=few,
-        fine_tuning=dataclasses.replace(few, data=""), rejection=rejection,
+        nano, task="jsonl", data=str(folder / "problems.jsonl"),
+        general=str(folder / "cold.jsonl"), problems=12, max_tokens=3, slots=8, evaluated=(),
+        pretraining=pretraining(
+            nano.pretraining, num_hidden_layers=2, num_key_value_heads=2, q_lora_rank=8,
+            kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+            moe_intermediate_size=16, n_routed_experts=4,
+        ),
+        zero=rl, cold_start=few, rl_1=rl, rejection=rejection,
+        fine_tuning=dataclasses.replace(few, data="", mtp=0.1), rl_2=rl,
+        student_base=pretraining(
+            nano.student_base, num_hidden_layers=1, num_key_value_heads=1
+        ),
+        distillation=distillation, student_rl=rl,
     )  # fmt: skip
 
 
@@ -210,31 +227,84 @@ def test_what_changed_is_what_must_be_the_same_from_then_on(tmp_path):
         Run(tmp_path / "run", three, open=("share",)).__enter__()
 
 
+def test_other_weights_of_a_model_that_was_given_are_refused(tmp_path):
+    config = Config(
+        model_type="qwen2", vocab_size=11, hidden_size=16, intermediate_size=16,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=64, dtype="float32",
+    )  # fmt: skip
+    given = tmp_path / "given"
+    recipe = dataclasses.replace(PRESETS["nano"], base=str(given), student=str(given))
+    for seed in (0, 1):
+        zoo.save_hf(Model(config, zoo.init(config, jax.random.key(seed))), given)
+        if not seed:
+            with Run(tmp_path / "run", recipe, Options(quiet=True), models=r1.given(recipe)):
+                (tmp_path / "run" / "01-zero").mkdir()  # from now on, the base counts
+            shutil.rmtree(given)
+    with pytest.raises(RequestError, match=f"--base {given} holds other weights than") as told:
+        r1.train(recipe, tmp_path / "run", Options(quiet=True))
+    assert "--student" not in str(told.value)
+    assert [p.name for p in (tmp_path / "run").iterdir() if p.is_dir()] == ["01-zero"]
+
+
+def test_the_student_may_learn_the_answers_of_r1_instead_of_the_mixture(tmp_path):
+    """That stage alone; in the place of R1 stands a model that is mostly right."""
+    config = small(tmp_path).student_base.config
+    student = Model(config, zoo.init(config, jax.random.key(0)), zoo.load("v2-nano").tokenizer)
+    zoo.save_hf(student, tmp_path / "student")
+    nano = PRESETS["nano"]
+    recipe = dataclasses.replace(
+        nano, task="arithmetic", base="v2-nano", student=str(tmp_path / "student"),
+        distilled="answers",
+        distillation=dataclasses.replace(
+            nano.distillation, problems=6, answers=2, max_tokens=48, rows=2, length=64, slots=8
+        ),
+    )  # fmt: skip
+    stages = {stage.name: stage for stage in plan(recipe, tmp_path)}
+    r1_itself = Path(stages["rl-2"].model)
+    r1_itself.parent.mkdir()
+    r1_itself.symlink_to(Path(zoo.__file__).parent / "pretrained" / "v2-nano")
+    stage = stages["distillation"]
+    assert not stage.finished
+    stage.train(stage.settings, stage.path, Options(quiet=True, tensorboard=False, log_every=1))
+    assert stage.finished
+    kept = [json.loads(x) for x in (stage.path / "traces/traces.jsonl").read_text().splitlines()]
+    assert 2 <= len(kept) <= 12
+    assert all(tasks.is_right(r["prompt"].removesuffix(" ="), r["completion"]) for r in kept)
+    losses = [row["nll"] for row in read_metrics(stage.path / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+    assert zoo.load(stage.path / "model").config.model_type == "qwen2"
+
+
 @pytest.mark.slow
 def test_it_can_be_killed_in_any_stage_and_skips_those_that_are_finished(tmp_path):
+    """All eleven stages, from no model at all."""
     make(tmp_path)
     process = child(tmp_path)
     out, whole = tmp_path / "run", tmp_path / "whole"
     process.run(out)
     out.rename(whole)  # paths are settings: both runs have the same
     draw = resumable.random_instants()
-    process.run(out, status=-9, point="half", save=5)
+    process.run(out, status=-9, point="half", save=15)
     assert resumable.newest(out / "01-zero") == 1
     assert not (out / "02-cold-start").exists()
     changed = "dataclasses.replace(recipe, zero=dataclasses.replace(recipe.zero, steps=3))"
     greedy = evaluation(out, "base", "jsonl", "greedy") / "metrics.jsonl"
     finished = greedy.stat().st_mtime_ns
-    told = process.run(out, status=-9, point="visible", save=15, changed=changed)
+    told = process.run(out, status=-9, point="visible", save=39, changed=changed)
     assert "begun with other settings (zero.steps: 2 -> 3)" in told
-    assert f"--base {tmp_path / 'base'} holds other weights than when this run was begun" in told
-    assert resumable.newest(out / "04-rejection") == 1
-    _, told = resumable.kill(process, out, draw, share=0.5)
+    assert resumable.newest(out / "09-distillation") == 1
+    assert not (out / "10-student-rl").exists()
+    _, told = resumable.kill(process, out, draw, share=0.2)
     told += process.run(out)
-    assert "04-rejection" in told
-    assert "01-zero" not in told
+    assert "09-distillation" in told
+    assert "08-student-base" not in told
     assert greedy.stat().st_mtime_ns == finished
+    assert sorted(p.name for p in out.glob("[0-9]*")) == NAMES
     assert runs(out) == runs(whole)
-    assert len(runs(out)) == 5 + 5 * 3
+    made_steps = [n for n in NAMES if n != "05-mixture"]
+    assert [str(run) for run in runs(out) if run.parts[0] != "evaluation"] == made_steps
+    assert len(runs(out)) == len(made_steps) + 3 * 9  # all but rejection are models
     for run in runs(out):
         resumable.compare(whole / run, out / run)
     mixed = Path("05-mixture") / "data.jsonl"
@@ -249,16 +319,19 @@ def check_report(out, text):
     for stage, how, name in (
         ("base", "greedy", "Base"),
         ("fine-tuning", "0.6", "Dev3: base, fine-tuned"),
+        ("distillation", "1.0", "Student, distilled"),
+        ("student-rl", "greedy", "Student, RL alone"),
     ):
         files = (evaluation(out, stage, "jsonl", how) / "answers").glob("*.jsonl")
         made = [json.loads(row) for f in files for row in f.read_text().splitlines()]
         right = sum(a["finished"] and a["verdict"]["accuracy"] == 1.0 for a in made)
-        low, high = wilson(right, 4)
+        low, high = wilson(right, 12)
         row = next(r for r in text.splitlines() if r.startswith(f"| {name} |"))
-        assert f"| {right / 4:.1%} ({low:.1%} to {high:.1%}) |" in row
+        assert f"| {right / 12:.1%} ({low:.1%} to {high:.1%}) |" in row
     times = json.loads((out / "times.json").read_text())["parts"]
-    starts = {name: times[name]["starts"] for name in ("zero", "cold-start", "rejection")}
-    assert starts.pop("rejection") in (2, 3)  # it may be in there at the random instant, too
-    assert starts == {"zero": 2, "cold-start": 1}
+    names = ("base", "zero", "rl-2", "student-base", "distillation")
+    starts = {name: times[name]["starts"] for name in names}
+    assert starts.pop("distillation") in (2, 3)  # it may be in there at the random instant, too
+    assert starts == {"base": 1, "zero": 2, "rl-2": 1, "student-base": 1}
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 2
