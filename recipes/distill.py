@@ -52,7 +52,6 @@ from deepzoo.recipes.parts.step import Mean, Metrics, State, Step, jitted, start
 from deepzoo.zoo.chat_formats import THINK
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.errors import RequestError
-from deepzoo.zoo.fingerprint import leaf_fingerprint
 from deepzoo.zoo.model import Params
 from deepzoo.zoo.prompt import encode, tokenizer_of
 from deepzoo.zoo.types import Model
@@ -171,7 +170,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
     told: dict[str, Any] = {"models": models, "model": config, "tokenizer": student.tokenizer}
     told["frozen"] = None if teacher is None else teacher.config
     if given is not None:
-        told["facts"] = {"data": leaf_fingerprint(given.tokens)}
+        told["facts"] = {"data": given.fingerprint}
     with Run(out, recipe, options, **told) as run:
         batch, steps = batches(recipe, run, teacher, student, given)
         tx = optimiser(recipe, student.params, steps)

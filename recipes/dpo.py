@@ -43,7 +43,7 @@ from deepzoo.recipes.parts.run import Options, Run, mesh_of
 from deepzoo.recipes.parts.schedules import Schedule, scaled, warmup_cosine
 from deepzoo.recipes.parts.step import Loss, Output, State, Step, jitted, start, train_step
 from deepzoo.zoo.config import Config
-from deepzoo.zoo.fingerprint import leaf_fingerprint
+from deepzoo.zoo.fingerprint import digest
 from deepzoo.zoo.model import Params
 from deepzoo.zoo.prompt import encode, tokenizer_of
 from deepzoo.zoo.types import Model
@@ -125,7 +125,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
     steps = -(-count * recipe.epochs // recipe.pairs)
     step, tx = learner(recipe, config, steps)
     reference = reference_logprobs(config, model.params, made, recipe.pairs, mesh)
-    facts = {"pairs": count, "data": leaf_fingerprint(made["tokens"])}
+    facts = {"pairs": count, "data": digest(made)}
     told: dict[str, Any] = {"facts": facts, "models": {"model": model.params | aside}}
     with Run(out, recipe, options, model=config, tokenizer=model.tokenizer, **told) as run:
         state = run.state(lambda params: start(params, tx, recipe.seed), model.params)

@@ -30,7 +30,7 @@ from deepzoo import zoo
 from deepzoo.recipes.parts import answers
 from deepzoo.recipes.parts import problems as tasks
 from deepzoo.recipes.parts.accuracy import held_out, interval, majority_at_k, pass_at_k
-from deepzoo.recipes.parts.documents import encoded
+from deepzoo.recipes.parts.documents import Documents, encoded
 from deepzoo.recipes.parts.logprobs import score
 from deepzoo.recipes.parts.main import main
 from deepzoo.recipes.parts.problems import Problem, Task
@@ -109,6 +109,9 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> dict[str
         task = tasks.task(recipe.task, recipe.data, template=recipe.template)
         problems = chosen(recipe, task)
         facts["problems"] = task.fingerprint
+    text = encoded(model, read(recipe.text)) if recipe.text else None
+    if text is not None:
+        facts["text"] = text.fingerprint
     report: dict[str, Any] = {"model": recipe.model, "settings": dataclasses.asdict(recipe)}
     with Run(out, recipe, options, facts=facts, models={"model": model.params}) as run:
         if task is not None and problems is not None:
@@ -118,8 +121,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> dict[str
                 slots=recipe.slots, seed=recipe.seed,
             )  # fmt: skip
             report |= accuracies(recipe, task, run.out)
-        if recipe.text:
-            report |= perplexity(model, recipe.text, recipe.length)
+        if text is not None:
+            report |= perplexity(model, text, recipe.length)
         text, lines = json.dumps(report, indent=1), table(report)
         run.product("report.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
         run.product("report.md", lambda path: path.write_text(lines, encoding="utf-8"))
@@ -161,21 +164,20 @@ def _shares(values: np.ndarray) -> dict[str, float]:
     return {"value": float(values.mean()), "low": low, "high": high}
 
 
-def perplexity(model: Model, text: str, length: int) -> dict[str, Any]:
+def perplexity(model: Model, text: Documents, length: int) -> dict[str, Any]:
     """exp of the mean negative log-probability of every token but each window's first.
 
     Args:
         model: with a tokenizer.
-        text: file or folder of {"text"} records.
+        text: what is read.
         length: of a window; a document is cut into such windows, which do not overlap.
 
     Returns:
         "perplexity"; "nll" in nats per token; "tokens" that were predicted.
     """
-    documents = encoded(model, read(text))
     windows = []
-    for i in range(len(documents.lengths)):
-        ids = documents.tokens[documents.starts[i] : documents.starts[i + 1]]
+    for i in range(len(text.lengths)):
+        ids = text.tokens[text.starts[i] : text.starts[i + 1]]
         windows += [ids[at : at + length] for at in range(0, len(ids) - 1, length)]
     rows = 8
     tokens = np.zeros((-(-len(windows) // rows) * rows, length), np.int32)

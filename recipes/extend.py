@@ -59,7 +59,6 @@ from deepzoo.recipes.parts.schedules import Schedule, scaled, warmup_constant_de
 from deepzoo.recipes.parts.step import State, Step, cast, jitted, start, train_step
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.errors import RequestError
-from deepzoo.zoo.fingerprint import leaf_fingerprint
 from deepzoo.zoo.model import Params
 from deepzoo.zoo.prompt import tokenizer_of
 from deepzoo.zoo.rope_scaling import RopeScaling, yarn_mscale
@@ -348,14 +347,14 @@ def data(
         return made, positions.held(kept_rows, first), {}
     learned, kept = texts(recipe, model)
     options: dict[str, Any] = {"split": True, "masked": recipe.masked}
-    facts = {"data": leaf_fingerprint(learned.tokens)}
+    facts = {"data": learned.fingerprint}
     made: list[Batches] = [
         Rows(learned, rows=rows, length=length, seed=recipe.seed + phase, **options)
         for phase, (rows, length) in enumerate(shapes)
     ]
     if kept is None:
         return made, None, facts
-    facts["held_out"] = leaf_fingerprint(kept.tokens)
+    facts["held_out"] = kept.fingerprint
     if len(kept.tokens) <= longest:
         raise DataError(
             f"the held-out texts have {len(kept.tokens)} tokens, fewer than one row of {longest};"

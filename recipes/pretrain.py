@@ -59,7 +59,6 @@ from deepzoo.recipes.parts.run import Options, Run
 from deepzoo.recipes.parts.schedules import Ramp, Schedule, scaled
 from deepzoo.recipes.parts.step import Step, jitted, start, train_step
 from deepzoo.zoo.config import Config
-from deepzoo.zoo.fingerprint import leaf_fingerprint
 from deepzoo.zoo.load import read_tokenizer
 from deepzoo.zoo.save import save_hf
 from deepzoo.zoo.tokenizer import Tokenizer
@@ -331,7 +330,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
     grown, facts = plan(recipe), {}
     if recipe.data:
         made = texts(recipe, tokenizer)
-        batch, facts["data"] = packed(recipe, made), leaf_fingerprint(made.tokens)
+        batch, facts["data"] = packed(recipe, made), made.fingerprint
     else:
         made_up = {"arithmetic": arithmetic, "countdown": countdown}[recipe.corpus]
         batch = made_up(tokenizer, recipe)

@@ -42,7 +42,6 @@ from deepzoo.recipes.parts.run import Options, Run, mesh_of
 from deepzoo.recipes.parts.schedules import Schedule, scaled, warmup_cosine
 from deepzoo.recipes.parts.step import State, jitted, start, train_step
 from deepzoo.zoo.errors import RequestError
-from deepzoo.zoo.fingerprint import leaf_fingerprint
 from deepzoo.zoo.model import Params
 from deepzoo.zoo.types import Model
 
@@ -150,7 +149,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
 
     shapes = jax.eval_shape(adapters) if recipe.lora_rank else model.params
     tx = optimiser(recipe, shapes, steps)
-    facts = {"tokens": int(made.starts[-1]), "data": leaf_fingerprint(made.tokens)}
+    facts = {"tokens": int(made.starts[-1]), "data": made.fingerprint}
     told = {
         "facts": facts, "models": {"model": model.params | aside}, "tokenizer": model.tokenizer,
         "model": None if recipe.lora_rank else config,  # checkpoints hold the adapters alone

@@ -8,6 +8,7 @@ import numpy as np
 from deepzoo.recipes.parts.records import DataError, Records
 from deepzoo.zoo.chat_formats import THINK, THINK_END
 from deepzoo.zoo.errors import RequestError
+from deepzoo.zoo.fingerprint import digest
 from deepzoo.zoo.prompt import encode, tokenizer_of
 from deepzoo.zoo.tokenizer import Tokenizer
 from deepzoo.zoo.types import Model
@@ -32,6 +33,11 @@ class Documents(NamedTuple):
     def lengths(self) -> np.ndarray:
         """int64 [D]."""
         return np.diff(self.starts)
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits of the ids, of where documents begin, and of what is learned of each."""
+        return digest({"tokens": self.tokens, "starts": self.starts, "given": self.given})
 
 
 def documents(

@@ -80,8 +80,11 @@ def test_a_run_whose_file_was_changed_does_not_go_on(
         go()
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["00000001"]
     before = kept(out)
-    # One record more, and one of which a single token is another.
-    for other in ([*records, records[0]], [records[0] | changes, *records[1:]]):
+    # One record more, one of which a single token is another, one whose answer begins earlier.
+    moved = {k: v if k == "prompt" else f"1 = {v}" for k, v in records[0].items()}
+    moved |= {"prompt": records[0]["prompt"].removesuffix(" 1 =")}
+    for first in (None, records[0] | changes, moved):
+        other = [*records, records[0]] if first is None else [first, *records[1:]]
         write(data, other)
         with pytest.raises(RequestError) as told:
             go()

@@ -13,7 +13,9 @@ from deepzoo import zoo
 from deepzoo.recipes import evaluate
 from deepzoo.recipes.evaluate import PRESETS, chosen, perplexity, table
 from deepzoo.recipes.parts import answers, tasks
+from deepzoo.recipes.parts.documents import encoded
 from deepzoo.recipes.parts.problems import task
+from deepzoo.recipes.parts.records import read
 from deepzoo.recipes.parts.run import Options
 from deepzoo.zoo import cli
 from deepzoo.zoo.errors import RequestError
@@ -83,7 +85,7 @@ def test_perplexity_is_that_of_every_token_but_the_first(tmp_path):
         logp = np.asarray(jax.nn.log_softmax(logits[0]), np.float64)
         total -= sum(logp[t, ids[t + 1]] for t in range(len(ids) - 1))
         count += len(ids) - 1
-    found = perplexity(model, str(path), 16)
+    found = perplexity(model, encoded(model, read(str(path))), 16)
     assert found["tokens"] == count
     assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
     recipe = dataclasses.replace(
@@ -93,7 +95,7 @@ def test_perplexity_is_that_of_every_token_but_the_first(tmp_path):
     assert report["perplexity"] == pytest.approx(found["perplexity"], rel=0.05)
     assert abs(report["nll"] - found["nll"]) > 1e-5  # it was computed in bfloat16
     # Cut into windows of four, each first token has nothing before it and is not counted.
-    short = perplexity(model, str(path), 4)
+    short = perplexity(model, encoded(model, read(str(path))), 4)
     assert short["tokens"] == sum(
         n - -(-n // 4) for n in (len(model.tokenizer.encode_prompt(t)) + 1 for t in texts)
     )
