@@ -156,18 +156,18 @@ PRESETS = {
     "nano": Recipe(
         evaluated=("countdown", "countdown-4", "countdown-unsolvable"), turns=0.2,
         pretraining=pretrain.PRESETS["r1_nano"],
-        zero=dataclasses.replace(_RL, steps=60),
+        zero=dataclasses.replace(_RL, steps=40),
         cold_start=_SFT,
         rl_1=_RL_MORE,
         rejection=_open(
-            reject.PRESETS["nano"], prompts=20000, answers=1, max_tokens=552, per_problem=1,
+            reject.PRESETS["nano"], prompts=10000, answers=1, max_tokens=552, per_problem=1,
             form=True, repeated=0.0, at_once=512, slots=128,
         ),
-        fine_tuning=dataclasses.replace(_SFT, mtp=0.1),
+        fine_tuning=dataclasses.replace(_SFT, epochs=4, mtp=0.1),
         rl_2=_RL_MORE,
         student_base=pretrain.PRESETS["student_nano"],
         distillation=_open(
-            distill.PRESETS["nano"], problems=5000, max_tokens=552, epochs=2, length=576,
+            distill.PRESETS["nano"], problems=5000, max_tokens=552, epochs=4, length=576,
             overlong="drop", rate=2e-3, slots=128, held_out=0,
         ),
         student_rl=_RL,

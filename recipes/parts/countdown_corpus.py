@@ -18,13 +18,12 @@ from deepzoo.recipes.parts.countdown import (
     combined,
     formula,
     held_out,
-    leaks,
     leaves,
     problems,
     prompt,
     read,
 )
-from deepzoo.recipes.parts.countdown_traces import concluded, ended, equation, looked_up, search
+from deepzoo.recipes.parts.countdown_traces import concluded, ended, search
 from deepzoo.recipes.parts.rewards import THINK
 
 UNREADABLE, WHAT = "Cannot read this.", "What is "
@@ -51,7 +50,7 @@ def careless(*seed: int) -> Iterator[Text]:
         last = int(rng.geometric(hazard))
         order = rng.permutation(3).tolist()
         lines = list(itertools.islice(search(target, numbers, order, named=False), last))
-        thought, said = concluded(lines, named=False)
+        thought, said = concluded(lines)
         bare = "\n".join([f"{THINK}", *thought, f"So {said}."])
         yield Text(prompt(target, numbers), bare if rng.random() < BARE else ended(thought, said))
 
@@ -88,31 +87,6 @@ def plain(*seed: int) -> Iterator[Text]:
             yield Text("", evaluation(node))
 
 
-def lookups(*seed: int) -> Iterator[Text]:
-    """Endless equations, two of which are put into one more, without a chat:
-
-        18 = 2 + 16
-        5 = 14 - 9
-        6 = 16 - 10
-        12 = 18 - 6
-        18 = 2 + 16
-        6 = 16 - 10
-        12 = (2 + 16) - (16 - 10)
-
-    What a search ends with. It is rare there, and a small model needs to see it often."""
-    rng = np.random.default_rng([*seed, 4])
-    while True:
-        nodes = {n.value: n for n in (_any(rng, 2) for _ in range(int(rng.integers(3, 7))))}
-        known = [n for n in nodes.values() if n.value]
-        if len(known) < 2:
-            continue
-        one, other = (known[i] for i in rng.permutation(len(known))[:2])
-        node = combined(one, other)[int(rng.integers(3))]
-        if node.value <= LIMIT and not leaks(leaves(node)):
-            lines = [*map(equation, known), *looked_up(node), equation(node)]
-            yield Text("", "\n".join(lines))
-
-
 def _any(rng: np.random.Generator, numbers: int) -> Node:
     """A random way to a value from 0 to 99."""
     while True:
@@ -145,10 +119,8 @@ def _worked_out(node: Node) -> Node:
 
 
 def corpus(*seed: int) -> Iterator[Text]:
-    """All of these."""
+    """What a base model is trained on: careless searches, other requests, equations."""
     rng = np.random.default_rng([*seed, 3])
-    streams = [
-        careless(*seed), (Text(q, reply(q)) for q in general(*seed)), plain(*seed), lookups(*seed)
-    ]  # fmt: skip
+    streams = [careless(*seed), (Text(q, reply(q)) for q in general(*seed)), plain(*seed)]
     while True:
-        yield next(streams[int(rng.choice(4, p=(0.76, 0.08, 0.06, 0.1)))])
+        yield next(streams[int(rng.choice(3, p=(0.8, 0.08, 0.12)))])

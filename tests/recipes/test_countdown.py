@@ -183,13 +183,6 @@ def test_every_search_is_right_complete_and_without_repeats(numbers):
         form = re.fullmatch(r"<think>\n(.+)\n</think>\n<answer>(.+)</answer>", text, re.DOTALL)
         assert form is not None
         *lines, last = form[1].split("\n")
-        end = next((i + 1 for i, line in enumerate(lines) if line.endswith(" yes")), len(lines))
-        lines, looked_up = lines[:end], lines[end:]
-        for equation in looked_up:
-            result, source = equation.split(" = ")
-            assert value(source) == int(result)
-        pairs = bool(re.search(r"\d\) . \(\d", last))
-        assert len(looked_up) in ((2, 3) if pairs else (0,))  # 2 of one pair with itself
         assert len(set(lines)) == len(lines)
         for line in lines:
             origin, _, rest = line.partition(", ")
@@ -212,7 +205,7 @@ def test_every_search_is_right_complete_and_without_repeats(numbers):
         assert value(form[2]) == target
         used = Counter(int(n) for n in re.findall("[0-9]+", form[2]))
         assert used <= Counter(given)
-        assert last.startswith(f"{target} = ") and last.endswith(f" = {form[2]}")
+        assert last == f"{target} = {form[2]}"
     assert 20 < gave_up < 100
     assert longest <= {3: 160, 4: LENGTH - 20}[numbers]
 
@@ -240,19 +233,6 @@ def test_careless_searches_are_right_now_and_then():
     assert texts == list(itertools.islice(countdown_corpus.careless(0), 2000))
     right = [countdown.is_right(t.prompt, t.completion) for t in texts if t.prompt.count(",") == 2]
     assert 0.2 < sum(right) / len(right) < 0.4
-
-
-def test_what_is_looked_up_is_right_and_stands_above():
-    for text in itertools.islice(countdown_corpus.lookups(0), 1000):
-        lines = text.completion.split("\n")
-        for line in lines:
-            result, source = line.split(" = ")
-            assert value(source) == int(result) <= 99
-        total, whole = lines[-1].split(" = ")
-        pairs = re.findall(r"\((.+?)\)", whole)
-        origins = [f"{value(pair)} = {pair}" for pair in pairs]
-        assert len(pairs) == 2 and set(origins) <= set(lines[-4:-1])
-        assert any(n.startswith(f"{total} = {value(pairs[0])} ") for n in lines[-4:-1])
 
 
 def test_the_tokenizer_gives_texts_back_and_has_a_token_for_each_word():
