@@ -7,6 +7,7 @@ process (tests/helpers/child.py).
 import ipaddress
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,18 @@ def _is_local(host: object) -> bool:
         return ipaddress.ip_address(str(host).partition("%")[0]).is_loopback
     except ValueError:
         return False
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten_programs() -> Iterator[None]:
+    """A file's compiled programs are not kept for the next file.
+
+    Each takes some of the memory maps that Linux allows a process, 65,530; with thousands of
+    programs, compiling ends the process.
+    """
+    yield
+    if (jax := sys.modules.get("jax")) is not None:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
