@@ -23,6 +23,7 @@ from deepzoo.kernels.mla_decode.splits import choose_splits, multiprocessors
 _LOG2E = math.log2(math.e)
 # Finite, so that a block in which a row sees nothing leaves exp2(lowest - lowest) = 1, not NaN.
 _LOWEST = float(jnp.finfo(jnp.float32).min)
+_TINY = 1e-30  # a scale that can be divided by
 
 
 class Tiles(NamedTuple):
@@ -154,7 +155,7 @@ def _attend(*refs, heads: int, scale: float, tiles: Tiles, splits: int, paged: b
         return plt.load(pages_ref.at[batch, at], mask=index < last, other=0)
 
     def step(index, carry):
-        top, total, out, owner = carry
+        top, total, mass, out, owner = carry
         start = index * tiles.keys
         position = start + jnp.arange(tiles.keys)
         offset = start if pages_ref is None else start % latent_ref.shape[1]
@@ -179,7 +180,8 @@ def _attend(*refs, heads: int, scale: float, tiles: Tiles, splits: int, paged: b
         score = _dot(q, latent, 1)
         token_scale = None
         if latent_scale_ref is not None:
-            token_scale = plt.load(latent_scale_ref.at[owner, there], mask=held, other=0.0)
+            token_scale = plt.load(latent_scale_ref.at[owner, there], mask=held, other=1.0)
+            token_scale = jnp.maximum(token_scale, _TINY)  # a token of zeros may have 0
             score *= token_scale[None, :]
         score += _dot(q_rope, k_rope, 1)
         visible = position[None, :] < length[:, None]
@@ -188,23 +190,30 @@ def _attend(*refs, heads: int, scale: float, tiles: Tiles, splits: int, paged: b
         decay = jnp.exp2(top - new_top)
         weight = jnp.exp2(score - new_top[:, None])
         total = total * decay + weight.sum(axis=1)
-        if token_scale is not None:
-            weight *= token_scale[None, :]
-        out = out * decay[:, None] + _dot(weight.astype(latent.dtype), latent, 0)
+        if token_scale is None:
+            mass, rounded = total, weight.astype(latent.dtype)
+        else:
+            # Rounding a scaled weight may move all it stands for to one side, and where few tokens
+            # count, nothing evens that out: so the sum that divides is of the rounded weights.
+            rounded = (weight * token_scale[None, :]).astype(latent.dtype)
+            used = rounded.astype(jnp.float32) * (1 / token_scale)[None, :]
+            mass = mass * decay + used.sum(axis=1)
+        out = out * decay[:, None] + _dot(rounded, latent, 0)
         # One step ahead: a load whose address is itself being loaded is not pipelined by Triton.
-        return new_top, total, out, owner if pages_ref is None else page_of(index + 1)
+        return new_top, total, mass, out, owner if pages_ref is None else page_of(index + 1)
 
     start = (
         jnp.full((tiles.rows,), _LOWEST, jnp.float32),
         jnp.zeros((tiles.rows,), jnp.float32),
+        jnp.zeros((tiles.rows,), jnp.float32),
         jnp.zeros((tiles.rows, columns), jnp.float32),
         batch if pages_ref is None else page_of(first),
     )
-    top, total, out, _ = jax.lax.fori_loop(first, last, step, start)
+    top, total, mass, out, _ = jax.lax.fori_loop(first, last, step, start)
     seen = total > 0
     safe = jnp.where(seen, total, 1.0)
     lse = jnp.where(seen, (top + jnp.log2(safe)) / _LOG2E, -jnp.inf)
-    out = out * (1 / safe)[:, None]
+    out = out * (1 / jnp.where(seen, mass, 1.0))[:, None]
     plt.store(
         out_ref.at[batch, split, here, every], out.astype(out_ref.dtype),
         mask=query_held,
