@@ -370,10 +370,9 @@ def learner(
 ) -> Callable[..., tuple[State, Metrics]]:
     """(state, batch) -> (state, metrics) of the mode; `ready` is a run's, for on-policy updates."""
     config = student.config
-    compute = None if recipe.compute == "float32" else recipe.compute
     if recipe.mode == "hard":
         loss = next_token(config, remat=recipe.remat)
-        step = train_step(loss, tx, recipe.accumulate, clip=recipe.clip, compute=compute)
+        step = train_step(loss, tx, recipe.accumulate, clip=recipe.clip, compute=recipe.compute)
         return jitted(step, state)
     assert teacher is not None
     loss = divergence(
@@ -381,7 +380,7 @@ def learner(
         temperature=recipe.temperature, remat=recipe.remat,
     )  # fmt: skip
     step = train_step(
-        loss, tx, recipe.accumulate, clip=recipe.clip, compute=compute, combine=with_teacher
+        loss, tx, recipe.accumulate, clip=recipe.clip, compute=recipe.compute, combine=with_teacher
     )
     jointly = jitted(step, state, teacher.params)
     if recipe.mode == "logits":

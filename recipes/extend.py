@@ -305,7 +305,7 @@ def learner(recipe: Recipe, config: Config) -> tuple[Step, optax.GradientTransfo
         recipe.accumulate,
         clip=recipe.clip,
         bias_rate=(lambda at: recipe.bias_rate) if recipe.bias_rate else None,
-        compute=None if recipe.compute == "float32" else recipe.compute,
+        compute=recipe.compute,
     )
     return step, tx
 

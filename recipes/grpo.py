@@ -354,7 +354,7 @@ def updating(recipe: Recipe, config: Config, tx: optax.GradientTransformation) -
     """(state, a mini-batch) -> (state, metrics)."""
     return train_step(
         learning(recipe, config), tx, recipe.accumulate, clip=recipe.clip,
-        compute=None if recipe.compute == "float32" else recipe.compute,
+        compute=recipe.compute,
     )  # fmt: skip
 
 

@@ -409,7 +409,7 @@ def learner(recipe: Recipe) -> tuple[Step, optax.GradientTransformation]:
         recipe.accumulate,
         clip=recipe.clip,
         bias_rate=bias_rate,
-        compute=None if recipe.compute == "float32" else recipe.compute,
+        compute=recipe.compute,
     )
     return step, tx
 

@@ -212,7 +212,7 @@ def learner(
     combine = lora.combine(recipe.lora_alpha, recipe.lora_rank) if recipe.lora_rank else None
     step = train_step(
         loss, tx, recipe.accumulate, clip=recipe.clip, combine=combine,
-        compute=None if recipe.compute == "float32" else recipe.compute,
+        compute=recipe.compute,
     )  # fmt: skip
     return jitted(step, state, model.params if recipe.lora_rank else None)
 

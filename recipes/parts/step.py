@@ -99,7 +99,7 @@ def train_step(
     *,
     clip: float = 1.0,
     bias_rate: Callable[[jax.Array], Any] | None = None,
-    compute: str | None = None,
+    compute: str = "float32",
     combine: Callable[[Params, Params], Params] | None = None,
 ) -> Callable[..., tuple[State, Metrics]]:
     """A pure function (state, batch) -> (state, metrics), or (state, batch, frozen) -> the same.
@@ -121,14 +121,15 @@ def train_step(
         clip: largest norm of the mean gradient.
         bias_rate: step -> gamma of V3's eq. 16 for the router biases; without it they are frozen.
         compute: dtype such as "bfloat16" in which the loss sees the parameters; those in `state`
-            stay the float32 master copy. Router weights are not cast: their product is float32.
+            stay the float32 master copy, which it sees as it is with "float32". Router weights are
+            not cast: their product is float32.
         combine: (params, frozen) -> parameters for the loss. With LoRA, `state.params` is the
             small tree, `frozen` the model; the loss need not know.
     """
 
     def step(state: State, batch: Batch, frozen: Params | None = None) -> tuple[State, Metrics]:
         def total(params: Params, batch: Batch, key: jax.Array):
-            if compute is not None:
+            if compute != "float32":
                 params = cast(params, compute)
             if combine is not None:
                 params = combine(params, {} if frozen is None else frozen)
