@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from deepzoo import zoo
 from deepzoo.recipes.parts import answers
@@ -33,9 +34,10 @@ from deepzoo.recipes.parts.accuracy import held_out, interval, majority_at_k, pa
 from deepzoo.recipes.parts.documents import Documents, encoded
 from deepzoo.recipes.parts.logprobs import score
 from deepzoo.recipes.parts.main import main
+from deepzoo.recipes.parts.mesh import spread
 from deepzoo.recipes.parts.problems import Problem, Task
 from deepzoo.recipes.parts.records import read
-from deepzoo.recipes.parts.run import Options, Run
+from deepzoo.recipes.parts.run import Options, Run, mesh_of
 from deepzoo.zoo.errors import RequestError
 from deepzoo.zoo.types import Model
 
@@ -102,7 +104,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> dict[str
         RequestError: k is larger than the number of samples, or there is nothing to measure.
     """
     _check(recipe)
-    model = zoo.load(recipe.model, dtype=recipe.dtype, mtp=False, stacked=False)
+    mesh = mesh_of(options)
+    model = zoo.load(recipe.model, dtype=recipe.dtype, mtp=False, stacked=False, mesh=mesh)
     facts: dict[str, Any] = {}
     task = problems = None
     if recipe.task:
@@ -113,7 +116,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> dict[str
     if text is not None:
         facts["text"] = text.fingerprint
     report: dict[str, Any] = {"model": recipe.model, "settings": dataclasses.asdict(recipe)}
-    with Run(out, recipe, options, facts=facts, models={"model": model.params}) as run:
+    told: dict[str, Any] = {"facts": facts, "models": {"model": model.params}}
+    with Run(out, recipe, options, frozen=model.config, **told) as run:
         if task is not None and problems is not None:
             answers.sample(
                 run, model, task, problems, answers=recipe.samples, at_once=recipe.at_once,
@@ -122,7 +126,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> dict[str
             )  # fmt: skip
             report |= accuracies(recipe, task, run.out)
         if text is not None:
-            report |= perplexity(model, text, recipe.length)
+            report |= perplexity(model, text, recipe.length, mesh)
         text, lines = json.dumps(report, indent=1), table(report)
         run.product("report.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
         run.product("report.md", lambda path: path.write_text(lines, encoding="utf-8"))
@@ -164,13 +168,16 @@ def _shares(values: np.ndarray) -> dict[str, float]:
     return {"value": float(values.mean()), "low": low, "high": high}
 
 
-def perplexity(model: Model, text: Documents, length: int) -> dict[str, Any]:
+def perplexity(
+    model: Model, text: Documents, length: int, mesh: Mesh | None = None
+) -> dict[str, Any]:
     """exp of the mean negative log-probability of every token but each window's first.
 
     Args:
         model: with a tokenizer.
         text: what is read.
         length: of a window; a document is cut into such windows, which do not overlap.
+        mesh: that the model lies on; windows are divided over it.
 
     Returns:
         "perplexity"; "nll" in nats per token; "tokens" that were predicted.
@@ -179,7 +186,7 @@ def perplexity(model: Model, text: Documents, length: int) -> dict[str, Any]:
     for i in range(len(text.lengths)):
         ids = text.tokens[text.starts[i] : text.starts[i + 1]]
         windows += [ids[at : at + length] for at in range(0, len(ids) - 1, length)]
-    rows = 8
+    rows = 8 if mesh is None else 8 * mesh.shape["data"] * mesh.shape["fsdp"]
     tokens = np.zeros((-(-len(windows) // rows) * rows, length), np.int32)
     mask = np.zeros((len(tokens), length - 1), np.float64)
     for i, ids in enumerate(windows):
@@ -188,12 +195,14 @@ def perplexity(model: Model, text: Documents, length: int) -> dict[str, Any]:
     stacked = zoo.stack(model.params)
 
     @jax.jit
-    def logprobs(tokens):
-        return score(model.config, stacked, tokens).logprobs
+    def logprobs(params, tokens):
+        return score(model.config, params, tokens).logprobs
 
     total = 0.0
     for at in range(0, len(tokens), rows):
-        found = np.asarray(logprobs(tokens[at : at + rows]), np.float64)
+        some = tokens[at : at + rows]
+        some = some if mesh is None else spread(some, mesh)
+        found = np.asarray(logprobs(stacked, some), np.float64)
         total -= float((found * mask[at : at + rows]).sum())
     nll = total / mask.sum()
     return {"perplexity": math.exp(nll), "nll": nll, "tokens": int(mask.sum())}

@@ -26,7 +26,7 @@ from deepzoo.recipes.parts import answers, rewards
 from deepzoo.recipes.parts import problems as tasks
 from deepzoo.recipes.parts.answers import Answer
 from deepzoo.recipes.parts.main import main
-from deepzoo.recipes.parts.run import Options, Run
+from deepzoo.recipes.parts.run import Options, Run, mesh_of
 from deepzoo.zoo.errors import RequestError
 
 
@@ -98,11 +98,12 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> dict[str
     Raises:
         RequestError: nothing is left after filtering; with the reasons.
     """
-    model = zoo.load(recipe.model, dtype=recipe.dtype, mtp=False, stacked=False)
+    how: dict[str, Any] = {"dtype": recipe.dtype, "mtp": False, "mesh": mesh_of(options)}
+    model = zoo.load(recipe.model, stacked=False, **how)
     task = tasks.task(recipe.task, recipe.data, language=recipe.target_language)
     problems = tasks.batch(task.problems, recipe.prompts, recipe.seed)
-    facts, models = {"problems": task.fingerprint}, {"model": model.params}
-    with Run(out, recipe, options, facts=facts, models=models) as run:
+    told = {"facts": {"problems": task.fingerprint}, "models": {"model": model.params}}
+    with Run(out, recipe, options, frozen=model.config, **told) as run:
         answers.sample(
             run, model, task, problems, answers=recipe.answers, at_once=recipe.at_once,
             max_tokens=recipe.max_tokens, temperature=recipe.temperature, top_p=recipe.top_p,
