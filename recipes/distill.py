@@ -39,7 +39,7 @@ from deepzoo.recipes.parts.accuracy import measure
 from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.divergence import divergence, with_teacher
 from deepzoo.recipes.parts.documents import Documents, documents, encoded, pair
-from deepzoo.recipes.parts.flops import flops_per_token
+from deepzoo.recipes.parts.flops import flops_of_rows
 from deepzoo.recipes.parts.losses import next_token
 from deepzoo.recipes.parts.main import main
 from deepzoo.recipes.parts.optim import Bytes, adamw
@@ -190,11 +190,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         hooks = []
         if recipe.held_out and recipe.task:
             hooks.append(run.every(recipe.evaluate_every, held_out, last=True))
-        rows = recipe.prompts * recipe.answers if recipe.mode == "on_policy" else recipe.rows
-        state = run.fit(
-            step, state, batch, steps, on=hooks, tokens=rows * recipe.length,
-            flops=flops_per_token(config, recipe.length),
-        )  # fmt: skip
+        state = run.fit(step, state, batch, steps, on=hooks)
         path = run.product("model", lambda path: zoo.save_hf(whole(state), path))
     return zoo.load(path, dtype="float32", mesh=mesh)
 
@@ -399,7 +395,9 @@ def learner(
         }  # fmt: skip
         state, metrics = update(state, batch)
         count: Any = len(made.lengths)
-        metrics["sums"] |= {
+        metrics["sums"] |= {  # the loss has counted padding, too
+            "tokens": made.lengths.sum(),
+            "flops": flops_of_rows(config, made.ends),
             "length": Mean(made.lengths.sum(), count),
             "truncated": Mean(made.truncated.sum(), count),
         }

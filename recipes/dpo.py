@@ -31,7 +31,7 @@ from deepzoo.recipes.parts import problems as tasks
 from deepzoo.recipes.parts.accuracy import measure
 from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.documents import pair
-from deepzoo.recipes.parts.flops import flops_per_token
+from deepzoo.recipes.parts.flops import counted
 from deepzoo.recipes.parts.logprobs import score
 from deepzoo.recipes.parts.main import main
 from deepzoo.recipes.parts.mesh import spread
@@ -150,10 +150,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         hooks = []
         if recipe.held_out and recipe.task:
             hooks.append(run.every(recipe.evaluate_every, held_out, last=True))
-        state = run.fit(
-            jitted(step, state), state, batch, steps, on=hooks,
-            tokens=2 * recipe.pairs * recipe.length, flops=flops_per_token(config, recipe.length),
-        )  # fmt: skip
+        state = run.fit(jitted(step, state), state, batch, steps, on=hooks)
         trained = with_mtp(whole(state), aside)
         path = run.product("model", lambda path: zoo.save_hf(trained, path))
     return zoo.load(path, dtype="float32", mesh=mesh)
@@ -178,7 +175,7 @@ def preference(config: Config, *, beta: float, nll: float = 0.0, remat: bool = F
     """DPO's loss over batches of `Pairs` with "reference" float32 [B, 2], summed log-probabilities.
 
     Metrics: accuracy, the share of pairs whose chosen answer gained more than the other; margin,
-    beta (h_chosen - h_rejected); chosen and rejected, h of each.
+    beta (h_chosen - h_rejected); chosen and rejected, h of each; and those of `flops.counted`.
     """
 
     def loss(params, batch, key) -> Output:
@@ -196,6 +193,10 @@ def preference(config: Config, *, beta: float, nll: float = 0.0, remat: bool = F
             "accuracy": (margin > 0).sum(), "margin": margin.sum(),
             "chosen": gained[:, 0].sum(), "rejected": gained[:, 1].sum(),
         }  # fmt: skip
+        # Padding lies behind the last token of each answer, which is a target.
+        at = jnp.arange(rows.shape[1])
+        last = (at[1:] * (mask > 0)).max(axis=-1).reshape(-1, 1)
+        metrics |= counted(config, jnp.where(at <= last, 0, -1))
         return Output(total.sum(), jnp.float32(len(total)), metrics)
 
     return loss

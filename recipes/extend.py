@@ -46,7 +46,6 @@ from deepzoo import zoo
 from deepzoo.recipes.parts import positions, problems
 from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.documents import Documents, encoded, pair
-from deepzoo.recipes.parts.flops import flops_per_token
 from deepzoo.recipes.parts.losses import Balance, next_token
 from deepzoo.recipes.parts.main import main
 from deepzoo.recipes.parts.mtp import loaded, with_mtp
@@ -193,7 +192,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         state = run.state(lambda params: start(params, tx, recipe.seed), model.params)
         model = model._replace(params={})  # the state has them, or newer ones
         update, begin = jitted(step, state), 0
-        for batch, length, count in zip(phases, recipe.lengths, recipe.batches, strict=True):
+        for batch, count in zip(phases, recipe.batches, strict=True):
             state = run.fit(
                 update,
                 state,
@@ -201,7 +200,6 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
                 begin + count,
                 on=hooks,
                 tokens=functools.partial(tokens_before, recipe),
-                flops=flops_per_token(config, length, mtp=recipe.mtp > 0),
             )
             begin += count
         params = with_bias(state.params, state.bias)

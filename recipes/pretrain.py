@@ -47,7 +47,6 @@ from deepzoo.recipes.parts.accuracy import Score, measure
 from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.countdown_traces import steps_right
 from deepzoo.recipes.parts.documents import Documents, encoded, fill_in_the_middle, pair
-from deepzoo.recipes.parts.flops import flops_per_token
 from deepzoo.recipes.parts.losses import Balance, next_token
 from deepzoo.recipes.parts.main import main
 from deepzoo.recipes.parts.optim import Bytes, adamw, muon
@@ -365,7 +364,6 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
                 run.every(recipe.sample_every, sample),
             ],
             tokens=grown.tokens,
-            flops=flops_per_token(config, recipe.length, mtp=bool(recipe.mtp)),
         )
         greedy = recipe.corpus == "arithmetic"
         path = run.product("model", lambda path: export(trained(state), path, greedy=greedy))

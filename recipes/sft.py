@@ -31,7 +31,6 @@ from deepzoo.recipes.parts import problems as tasks
 from deepzoo.recipes.parts.accuracy import measure
 from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.documents import Documents, documents, encoded, pair
-from deepzoo.recipes.parts.flops import flops_per_token
 from deepzoo.recipes.parts.losses import next_token
 from deepzoo.recipes.parts.main import main
 from deepzoo.recipes.parts.mtp import loaded, with_mtp
@@ -177,11 +176,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         hooks = []
         if recipe.held_out and recipe.task:
             hooks.append(run.every(recipe.evaluate_every, held_out, last=True))
-        state = run.fit(
-            learner(recipe, model, tx, state), state, rows, steps, on=hooks,
-            tokens=recipe.rows * recipe.length,
-            flops=flops_per_token(config, recipe.length, mtp=bool(recipe.mtp)),
-        )  # fmt: skip
+        state = run.fit(learner(recipe, model, tx, state), state, rows, steps, on=hooks)
         complete = with_mtp(whole(state), aside)
         path = run.product("model", lambda path: zoo.save_hf(complete, path))
         if recipe.lora_rank:

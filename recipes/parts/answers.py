@@ -127,7 +127,7 @@ def sample(
 
     state = run.state(lambda: start({"none": jnp.zeros(1)}, optax.identity(), seed))
     steps = -(-len(problems) // at_once)
-    run.fit(step, state, batch, steps, tokens=at_once * answers * max_tokens)
+    run.fit(step, state, batch, steps)
 
 
 def made(out: Path) -> Iterator[Answer]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from deepzoo import zoo
+from deepzoo.recipes.parts.flops import counted
 from deepzoo.recipes.parts.losses import shifted
 from deepzoo.recipes.parts.step import Loss, Output
 from deepzoo.zoo.config import Config
@@ -43,7 +44,7 @@ def divergence(
 
     Returns:
         A loss of `with_teacher`'s parameters; metrics kl and nll, the student's on the targets at
-        temperature 1.
+        temperature 1, and those of `flops.counted` for the student.
     """
 
     def loss(params, batch, key) -> Output:
@@ -64,7 +65,7 @@ def divergence(
         )  # fmt: skip
         count = weight.reshape(-1)
         total = (apart * count).sum()
-        metrics = {"kl": total, "nll": -(logprobs * count).sum()}
+        metrics = {"kl": total, "nll": -(logprobs * count).sum(), **counted(student, inside)}
         return Output(total * temperature**2, count.sum(), metrics)
 
     return loss

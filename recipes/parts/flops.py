@@ -1,10 +1,12 @@
 """Floating-point operations of training, from a config; what a device can do at most."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.count import count
+from deepzoo.zoo.model import segment_starts
 
 # Dense bfloat16 operations per second from the makers' data sheets, by a part of jax's device_kind.
 _PEAK = {
@@ -43,6 +45,26 @@ def flops_of_rows(config: Config, lengths: np.ndarray) -> float:
     attention = flops_per_token(config, 1) - multiplied
     lengths = lengths.astype(np.float64)
     return float((lengths * (multiplied + attention * lengths)).sum())
+
+
+def counted(config: Config, segments: jax.Array, *, mtp: bool = False) -> dict[str, jax.Array]:
+    """Tokens of a batch and the operations of training on them, as metrics of a loss.
+
+    `flops_per_token`, with attention to what a token sees: its segment from the beginning on.
+
+    Args:
+        config: the model.
+        segments: int32 [B, T]; below 0 is padding, which does not count.
+        mtp: see `flops_per_token`.
+
+    Returns:
+        Sums "tokens" int32 [] and "flops" float32 [].
+    """
+    multiplied = flops_per_token(config, 0, mtp=mtp)
+    attention = 2 * (flops_per_token(config, 1, mtp=mtp) - multiplied)  # of one token that is seen
+    seen = jnp.arange(segments.shape[1]) - segment_starts(segments) + 0.5
+    flops = jnp.where(segments >= 0, multiplied + attention * seen, 0.0)
+    return {"tokens": (segments >= 0).sum(dtype=jnp.int32), "flops": flops.sum()}
 
 
 def peak_flops() -> float | None:

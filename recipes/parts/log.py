@@ -142,10 +142,12 @@ class Log:
 
     def _speed(self, step: int, made: float | None, seconds: float) -> dict[str, float]:
         """Tokens and operations since the last row, by the second."""
+        total = self._tokens(step)
+        row = {"tokens": total} if total else {}
         if made is not None:
-            row, tokens, work = {"step_tokens": made}, self._made, self._work
-        elif total := self._tokens(step):
-            row, tokens = {"tokens": total}, total - self._tokens(self._last_step)
+            row, tokens, work = row | {"step_tokens": made}, self._made, self._work
+        elif total:
+            tokens = total - self._tokens(self._last_step)
             work = tokens * self._flops
         else:
             return {}
@@ -228,8 +230,8 @@ def done(metrics: Metrics) -> tuple[float | None, float | None]:
     """(tokens, floating-point operations) of a step as it counted them itself; None if it did not.
 
     Counts are sums "tokens" and "flops"; a `Mean` called "length", of the tokens of an answer, is
-    a count of tokens, too. They go before the constants that `Run.fit` was given, which count
-    padding.
+    a count of tokens, too. Speeds are of these rather than of the constants that `Run.fit` was
+    given, which count padding.
     """
     sums = metrics["sums"]
     tokens, length, flops = (sums.get(name) for name in ("tokens", "length", "flops"))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from deepzoo import zoo
 from deepzoo.kernels.linear_cross_entropy import linear_cross_entropy
 from deepzoo.kernels.router import Routing, expert_counts
+from deepzoo.recipes.parts.flops import counted
 from deepzoo.recipes.parts.step import Loss, Mean, Metrics, Output
 from deepzoo.zoo.config import Config
 
@@ -50,7 +51,7 @@ def next_token(
 
     Returns:
         A loss; metrics nll, mtp0, ..., balance (the expert-level one, 1 for each layer that is
-        perfectly even), device, communication, load.
+        perfectly even), device, communication, load, and those of `flops.counted`.
     """
     weigh = balance or Balance()
 
@@ -71,7 +72,7 @@ def next_token(
 
         out = zoo.apply(config, params, seen, segment_ids=inside, logits=False, remat=remat)
         total, nll, weight = cross_entropy(out.hidden, 1)
-        metrics: Metrics = {"nll": nll}
+        metrics: Metrics = {"nll": nll, **counted(config, inside, mtp=mtp > 0)}
         load: dict[str, Any] = {}
         routings: list[Routing] = []
         if out.routing is not None:

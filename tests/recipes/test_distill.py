@@ -147,6 +147,7 @@ def test_hard_labels_are_learned_with_the_teacher_and_then_without_it(tmp_path):
         lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         assert all("kl" not in row for row in rows)
+        assert all(0 < row["step_tokens"] < 2 * 96 for row in rows)  # without padding
         return [row["nll"] for row in rows]
 
     first = losses("first")
@@ -175,6 +176,8 @@ def test_on_policy_asks_the_student_and_moves_it(tmp_path):
     assert len(kl) == 4
     assert kl[-1] < kl[0] - 0.3
     assert all(1 <= r["length"] <= 12 for r in rows if "length" in r)
+    answers = [4 * r["length"] for r in rows if "length" in r]
+    assert [r["step_tokens"] for r in rows if "kl" in r] == pytest.approx(answers)
 
 
 def test_settings_that_contradict_each_other_are_refused(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from deepzoo import zoo
 from deepzoo.recipes import dpo
+from deepzoo.recipes.parts.flops import flops_of_rows
 from deepzoo.recipes.parts.records import DataError
 from deepzoo.zoo.types import Model
 
@@ -42,13 +43,14 @@ def test_the_loss_is_that_of_the_paper(tmp_path, model):
     out = dpo.preference(model.config, beta=0.3)(
         model.params, made | {"reference": reference}, jax.random.key(0)
     )
-    total, right, margins = 0.0, 0, 0.0
+    total, right, margins, lengths = 0.0, 0, 0.0, []
     for i in range(2):
         h = []
         for j in range(2):
             where = np.flatnonzero(made["mask"][i, j])
             given, end = int(where[0]) + 1, int(where[-1]) + 2
             h.append(answer_logprob(model, made["tokens"][i, j, :end].tolist(), given))
+            lengths.append(end)
         margin = 0.3 * ((h[0] - reference[i, 0]) - (h[1] - reference[i, 1]))
         total += np.log1p(np.exp(-margin))
         right, margins = right + (margin > 0), margins + margin
@@ -56,6 +58,9 @@ def test_the_loss_is_that_of_the_paper(tmp_path, model):
     assert float(out.loss) == pytest.approx(total, rel=1e-4)
     assert float(out.metrics["margin"]) == pytest.approx(margins, rel=1e-4, abs=1e-4)
     assert int(out.metrics["accuracy"]) == right
+    assert int(out.metrics["tokens"]) == sum(lengths) < made["tokens"].size
+    flops = flops_of_rows(model.config, np.array(lengths))
+    assert float(out.metrics["flops"]) == pytest.approx(flops, rel=1e-5)
 
 
 def test_at_the_reference_the_loss_is_log_two_and_the_gradient_favours_the_chosen(tmp_path, model):

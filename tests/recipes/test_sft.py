@@ -12,6 +12,7 @@ from deepzoo.recipes import pretrain, sft
 from deepzoo.recipes.parts import problems as tasks
 from deepzoo.recipes.parts.accuracy import measure
 from deepzoo.recipes.parts.log import read_metrics
+from deepzoo.recipes.parts.rows import Rows
 from deepzoo.recipes.parts.run import Options
 from deepzoo.zoo.errors import RequestError
 
@@ -43,6 +44,9 @@ def test_layers_that_draft_are_trained_or_kept(drafting: Path, tmp_path: Path, w
     assert not np.array_equal(before["lm_head"]["weight"], after["lm_head"]["weight"])
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "nll" in row]
     assert all(("mtp0" in row) == bool(weight) for row in rows)
+    packed = Rows(sft.samples(recipe, zoo.load(drafting)), rows=2, length=96)(0)
+    tokens = int((packed["segments"][:, :-1] >= 0).sum())
+    assert rows[0]["step_tokens"] == tokens < 2 * 96  # padding does not count
 
 
 @pytest.mark.parametrize(
