@@ -47,6 +47,7 @@ from deepzoo.recipes.parts.records import DataError, read
 from deepzoo.recipes.parts.rollout import rollout, step_seed
 from deepzoo.recipes.parts.rows import Overlong, Rows
 from deepzoo.recipes.parts.run import Options, Run, mesh_of
+from deepzoo.recipes.parts.sample import sample
 from deepzoo.recipes.parts.schedules import Schedule, scaled, warmup_cosine
 from deepzoo.recipes.parts.step import Mean, Metrics, State, Step, jitted, start, train_step
 from deepzoo.zoo.chat_formats import THINK
@@ -125,6 +126,8 @@ class Recipe:
     """Steps between evaluations on held-out problems of `task`; 0 for one at the end."""
     held_out: int = 200
     """Problems of an evaluation; 0 for none."""
+    sample_every: int = 25
+    """Steps between samples of text, behind held-out problems or prompts of `data`; 0 for none."""
     seed: int = 0
     """Of a fresh student, of the answers, of their order."""
 
@@ -132,7 +135,7 @@ class Recipe:
 _R1 = Recipe(
     teacher="deepseek-r1", student="Qwen2.5-Math-1.5B", data="data", task="", epochs=2, rows=64,
     length=32768, rate=1e-4, warmup=0.0, accumulate=64, remat=True, compute="bfloat16",
-    held_out=0,
+    held_out=0, sample_every=0,
 )  # fmt: skip
 PRESETS = {
     "nano": Recipe(),
@@ -187,7 +190,12 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             )  # fmt: skip
             return {"held_out": found.accuracy, "held_out_truncated": float(found.truncated.mean())}
 
-        hooks = []
+        def look(state: State) -> dict[str, str]:
+            at = int(state.step)
+            source = tasks.task(recipe.task) if given is None else given.prompt(at)
+            return sample(whole(state), source, recipe.seed, at, format=recipe.format)
+
+        hooks = [run.every(recipe.sample_every, look)]
         if recipe.held_out and recipe.task:
             hooks.append(run.every(recipe.evaluate_every, held_out, last=True))
         state = run.fit(step, state, batch, steps, on=hooks)

@@ -40,6 +40,7 @@ from deepzoo.recipes.parts.optim import adamw
 from deepzoo.recipes.parts.records import DataError, read
 from deepzoo.recipes.parts.rollout import rollout, step_seed
 from deepzoo.recipes.parts.run import Options, Run, mesh_of
+from deepzoo.recipes.parts.sample import sample
 from deepzoo.recipes.parts.schedules import Schedule, scaled, warmup_cosine
 from deepzoo.recipes.parts.step import Loss, Output, State, Step, jitted, start, train_step
 from deepzoo.zoo.config import Config
@@ -95,6 +96,8 @@ class Recipe:
     """Steps between evaluations on held-out problems of `task`; 0 for one at the end."""
     held_out: int = 200
     """Problems of an evaluation; 0 for none."""
+    sample_every: int = 5
+    """Steps between samples of text, behind held-out problems or prompts of `data`; 0 for none."""
     seed: int = 0
     """Of answers and order."""
 
@@ -104,7 +107,7 @@ PRESETS = {
     # The customary settings for a student of 7B: R1-Distill-Qwen-7B with preference records.
     "distill_qwen_7b": Recipe(
         model="deepseek-r1-distill-qwen-7b", data="data", task="", epochs=1, pairs=64, length=4096,
-        rate=5e-7, accumulate=64, remat=True, held_out=0,
+        rate=5e-7, accumulate=64, remat=True, held_out=0, sample_every=0,
     ),
 }  # fmt: skip
 
@@ -147,7 +150,13 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             )  # fmt: skip
             return {"held_out": found.accuracy}
 
-        hooks = []
+        def look(state: State) -> dict[str, str]:
+            at = int(state.step)
+            ids, mask = made["tokens"][at % count, 0], made["mask"][at % count, 0]
+            source = tasks.task(recipe.task) if recipe.task else ids[: mask.argmax() + 1].tolist()
+            return sample(whole(state), source, recipe.seed, at, format=recipe.format)
+
+        hooks = [run.every(recipe.sample_every, look)]
         if recipe.held_out and recipe.task:
             hooks.append(run.every(recipe.evaluate_every, held_out, last=True))
         state = run.fit(jitted(step, state), state, batch, steps, on=hooks)

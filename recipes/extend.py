@@ -54,6 +54,7 @@ from deepzoo.recipes.parts.packing import pack
 from deepzoo.recipes.parts.records import DataError, Records, read
 from deepzoo.recipes.parts.rows import Rows
 from deepzoo.recipes.parts.run import Options, Run, mesh_of
+from deepzoo.recipes.parts.sample import sample
 from deepzoo.recipes.parts.schedules import Schedule, scaled, warmup_constant_decay
 from deepzoo.recipes.parts.step import State, Step, cast, jitted, start, train_step
 from deepzoo.zoo.config import Config
@@ -126,6 +127,8 @@ class Recipe:
     """Rows that are measured on, as long as the longest of training; 0 for none."""
     evaluate_every: int = 0
     """Steps between such measurements; 0 for one at the end of each phase."""
+    sample_every: int = 40
+    """Steps between samples of text, behind the beginning of such a row; 0 for none."""
     seed: int = 0
     """Of the data."""
 
@@ -133,7 +136,7 @@ class Recipe:
 _PAPER = Recipe(
     model="runs/v2/model", data="data", factor=40, lengths=(32768,), rows=(576,),
     batches=(1000,), accumulate=576, remat=True, compute="bfloat16", rate=2.4e-4 * 0.316**2,
-    warmup=0.0, decay=0.0, weight_decay=0.1, device=0.05, communication=0.02,
+    warmup=0.0, decay=0.0, weight_decay=0.1, device=0.05, communication=0.02, sample_every=0,
 )  # fmt: skip
 PRESETS = {
     "nano": Recipe(original=128),
@@ -184,9 +187,16 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             pairs = zip(held.ranges, positions.means(held, found), strict=True)
             return {f"held_out_{low}_{high}": float(loss) for (low, high), loss in pairs}
 
+        def written(state: State) -> dict[str, str]:
+            assert held is not None
+            ids, at = held.batch["tokens"], int(state.step)
+            trained = Model(config, with_bias(state.params, state.bias), tokenizer)
+            return sample(trained, ids[at % len(ids), :64].tolist(), recipe.seed, at)
+
         hooks, found = [], []
         if held is not None:
             hooks.append(run.every(recipe.evaluate_every, look, last=True))
+            hooks.append(run.every(recipe.sample_every, written))
             # Each time anew, also of a run that goes on: there is nothing to be remembered.
             found = [measured(c, model.params) for c in (before, config)]
         state = run.state(lambda params: start(params, tx, recipe.seed), model.params)

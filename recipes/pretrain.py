@@ -55,6 +55,7 @@ from deepzoo.recipes.parts.problems import task
 from deepzoo.recipes.parts.records import DataError, read
 from deepzoo.recipes.parts.rows import Rows
 from deepzoo.recipes.parts.run import Options, Run
+from deepzoo.recipes.parts.sample import sample
 from deepzoo.recipes.parts.schedules import Ramp, Schedule, scaled
 from deepzoo.recipes.parts.step import Step, jitted, start, train_step
 from deepzoo.zoo.config import Config
@@ -345,10 +346,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             found = measured(trained(state), recipe.problems, temperature, recipe.corpus)
             return {"held_out": found.accuracy, "held_out_steps": links(found, recipe.corpus)}
 
-        def sample(state):
-            asked = next(task(recipe.corpus).problems(recipe.seed, int(state.step), held=True))
-            made = zoo.generate(trained(state), [asked.prompt], raw=asked.raw, max_tokens=96)
-            return {"sample": f"{asked.prompt} {made[0].text}"}
+        def look(state):
+            return sample(trained(state), task(recipe.corpus), recipe.seed, int(state.step))
 
         def trained(state):
             return Model(config, with_bias(state.params, state.bias), tokenizer)
@@ -361,7 +360,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             grown.steps,
             on=[
                 run.every(recipe.evaluate_every, held_out, last=recipe.problems > 0),
-                run.every(recipe.sample_every, sample),
+                run.every(recipe.sample_every, look),
             ],
             tokens=grown.tokens,
         )

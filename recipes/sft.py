@@ -38,6 +38,7 @@ from deepzoo.recipes.parts.optim import Bytes, adamw
 from deepzoo.recipes.parts.records import DataError, read
 from deepzoo.recipes.parts.rows import Overlong, Rows
 from deepzoo.recipes.parts.run import Options, Run, mesh_of
+from deepzoo.recipes.parts.sample import sample
 from deepzoo.recipes.parts.schedules import Schedule, scaled, warmup_cosine
 from deepzoo.recipes.parts.step import State, jitted, start, train_step
 from deepzoo.zoo.errors import RequestError
@@ -101,6 +102,8 @@ class Recipe:
     """Steps between evaluations on held-out problems of `task`; 0 for one at the end."""
     held_out: int = 200
     """Problems of an evaluation; 0 for none."""
+    sample_every: int = 25
+    """Steps between samples of text, behind held-out problems or prompts of `data`; 0 for none."""
     seed: int = 0
     """Of the order of samples."""
 
@@ -108,6 +111,7 @@ class Recipe:
 _R1 = Recipe(
     model="deepseek-v3-base", data="data", task="", epochs=2, rows=128, length=32768, rate=5e-5,
     warmup=0.0, weight_decay=0.1, accumulate=128, remat=True, compute="bfloat16", held_out=0,
+    sample_every=0,
 )  # fmt: skip
 PRESETS = {
     "nano": Recipe(),
@@ -173,7 +177,12 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             )  # fmt: skip
             return {"held_out": found.accuracy, "held_out_truncated": float(found.truncated.mean())}
 
-        hooks = []
+        def look(state: State) -> dict[str, str]:
+            at = int(state.step)
+            source = tasks.task(recipe.task) if recipe.task else made.prompt(at)
+            return sample(whole(state), source, recipe.seed, at, format=recipe.format)
+
+        hooks = [run.every(recipe.sample_every, look)]
         if recipe.held_out and recipe.task:
             hooks.append(run.every(recipe.evaluate_every, held_out, last=True))
         state = run.fit(learner(recipe, model, tx, state), state, rows, steps, on=hooks)

@@ -34,6 +34,12 @@ class Documents(NamedTuple):
         """int64 [D]."""
         return np.diff(self.starts)
 
+    def prompt(self, number: int) -> list[int]:
+        """What is read but not learned of a document, at least its first token; `number` may be
+        any, they are counted round and round."""
+        at = number % len(self.given)
+        return self.tokens[self.starts[at] :][: max(self.given[at], 1)].tolist()
+
     @property
     def fingerprint(self) -> str:
         """32 hex digits of the ids, of where documents begin, and of what is learned of each."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from resumable import Resumable, check
+from resumable import Resumable, check, rows
 
 CASE = Resumable(
     source="""
@@ -14,7 +14,8 @@ CASE = Resumable(
         ]
         data.write_text("".join(json.dumps(pair) + "\\n" for pair in pairs))
         recipe = dataclasses.replace(
-            dpo.PRESETS["nano"], data=str(data), task="", pairs=2, length=16, held_out=0
+            dpo.PRESETS["nano"], data=str(data), task="", pairs=2, length=16, held_out=0,
+            sample_every=3,
         )
         train = dpo.train
     """
@@ -24,3 +25,4 @@ CASE = Resumable(
 def test_it_can_be_ended_and_gone_on_with(tmp_path: Path):
     check(CASE, tmp_path)
     assert (tmp_path / "broken" / "model" / "model.safetensors").is_file()
+    assert any("sample" in row for row in rows(tmp_path / "broken"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from resumable import Resumable, check
+from resumable import Resumable, check, rows
 
 from deepzoo import zoo
 
@@ -30,7 +30,7 @@ CASE = Resumable(
             zoo.save_hf(Model(config, params, Tokenizer(tasks.tokenizer_files(), config)), base)
         recipe = dataclasses.replace(
             extend.PRESETS["nano"], model=str(base), original=32, factor=4, lengths=(64, 128),
-            rows=(2, 2), batches=(1, 5), held_rows=2,
+            rows=(2, 2), batches=(1, 5), held_rows=2, sample_every=3,
         )
         train = extend.train
     """
@@ -50,3 +50,4 @@ def test_it_can_be_ended_in_its_second_phase_and_gone_on_with(tmp_path: Path):
         np.testing.assert_array_equal(old, new)
     ranges = json.loads((broken / "report.json").read_text())["ranges"]
     assert [r["to"] for r in ranges] == [32, 64, 128]
+    assert any("sample" in row for row in rows(broken))
