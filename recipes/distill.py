@@ -42,6 +42,7 @@ from deepzoo.recipes.parts.documents import Documents, documents, encoded, pair
 from deepzoo.recipes.parts.flops import flops_of_rows
 from deepzoo.recipes.parts.losses import next_token
 from deepzoo.recipes.parts.main import main
+from deepzoo.recipes.parts.memory import Remat
 from deepzoo.recipes.parts.optim import Bytes, adamw
 from deepzoo.recipes.parts.records import DataError, read
 from deepzoo.recipes.parts.rollout import rollout, step_seed
@@ -114,8 +115,8 @@ class Recipe:
     """Largest norm of the gradient."""
     accumulate: int = 1
     """Micro-batches of a batch."""
-    remat: bool = False
-    """Compute each layer of the student again in the backward pass, to save memory."""
+    remat: Remat = "none"
+    """Layers, or all but their dense products, are computed again going back, to save memory."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the arithmetic; the student's parameters are kept in float32."""
     moments: Bytes = "float32"
@@ -134,7 +135,7 @@ class Recipe:
 
 _R1 = Recipe(
     teacher="deepseek-r1", student="Qwen2.5-Math-1.5B", data="data", task="", epochs=2, rows=64,
-    length=32768, rate=1e-4, warmup=0.0, accumulate=64, remat=True, compute="bfloat16",
+    length=32768, rate=1e-4, warmup=0.0, accumulate=64, remat="full", compute="bfloat16",
     held_out=0, sample_every=0,
 )  # fmt: skip
 PRESETS = {

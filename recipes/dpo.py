@@ -34,6 +34,7 @@ from deepzoo.recipes.parts.documents import pair
 from deepzoo.recipes.parts.flops import counted
 from deepzoo.recipes.parts.logprobs import score
 from deepzoo.recipes.parts.main import main
+from deepzoo.recipes.parts.memory import Remat
 from deepzoo.recipes.parts.mesh import spread
 from deepzoo.recipes.parts.mtp import loaded, with_mtp
 from deepzoo.recipes.parts.optim import adamw
@@ -90,8 +91,8 @@ class Recipe:
     """Largest norm of the gradient."""
     accumulate: int = 1
     """Micro-batches of a batch."""
-    remat: bool = False
-    """Compute each layer again in the backward pass, to save memory."""
+    remat: Remat = "none"
+    """Layers, or all but their dense products, are computed again going back, to save memory."""
     evaluate_every: int = 0
     """Steps between evaluations on held-out problems of `task`; 0 for one at the end."""
     held_out: int = 200
@@ -107,7 +108,7 @@ PRESETS = {
     # The customary settings for a student of 7B: R1-Distill-Qwen-7B with preference records.
     "distill_qwen_7b": Recipe(
         model="deepseek-r1-distill-qwen-7b", data="data", task="", epochs=1, pairs=64, length=4096,
-        rate=5e-7, accumulate=64, remat=True, held_out=0, sample_every=0,
+        rate=5e-7, accumulate=64, remat="full", held_out=0, sample_every=0,
     ),
 }  # fmt: skip
 
@@ -180,7 +181,7 @@ def learner(
     return train_step(loss, tx, recipe.accumulate, clip=recipe.clip), tx
 
 
-def preference(config: Config, *, beta: float, nll: float = 0.0, remat: bool = False) -> Loss:
+def preference(config: Config, *, beta: float, nll: float = 0.0, remat: bool | str = False) -> Loss:
     """DPO's loss over batches of `Pairs` with "reference" float32 [B, 2], summed log-probabilities.
 
     Metrics: accuracy, the share of pairs whose chosen answer gained more than the other; margin,

@@ -48,6 +48,7 @@ from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.documents import Documents, encoded, pair
 from deepzoo.recipes.parts.losses import Balance, next_token
 from deepzoo.recipes.parts.main import main
+from deepzoo.recipes.parts.memory import Remat
 from deepzoo.recipes.parts.mtp import loaded, with_mtp
 from deepzoo.recipes.parts.optim import Bytes, adamw
 from deepzoo.recipes.parts.packing import pack
@@ -97,8 +98,8 @@ class Recipe:
     """Batches."""
     accumulate: int = 1
     """Micro-batches of a batch; its rows are cut into so many parts, which need less memory."""
-    remat: bool = False
-    """Compute each layer again in the backward pass, to save memory."""
+    remat: Remat = "none"
+    """Layers, or all but their dense products, are computed again going back, to save memory."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the model's arithmetic; parameters are kept in float32."""
     moments: Bytes = "float32"
@@ -135,7 +136,7 @@ class Recipe:
 
 _PAPER = Recipe(
     model="runs/v2/model", data="data", factor=40, lengths=(32768,), rows=(576,),
-    batches=(1000,), accumulate=576, remat=True, compute="bfloat16", rate=2.4e-4 * 0.316**2,
+    batches=(1000,), accumulate=576, remat="full", compute="bfloat16", rate=2.4e-4 * 0.316**2,
     warmup=0.0, decay=0.0, weight_decay=0.1, device=0.05, communication=0.02, sample_every=0,
 )  # fmt: skip
 PRESETS = {

@@ -58,6 +58,7 @@ from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.flops import flops_of_rows
 from deepzoo.recipes.parts.logprobs import score
 from deepzoo.recipes.parts.main import main
+from deepzoo.recipes.parts.memory import Remat
 from deepzoo.recipes.parts.mtp import loaded, with_mtp
 from deepzoo.recipes.parts.optim import Bytes, adamw
 from deepzoo.recipes.parts.policy import Objective, policy_loss
@@ -162,8 +163,8 @@ class Recipe:
     """Largest norm of the gradient."""
     accumulate: int = 1
     """Micro-batches of an update."""
-    remat: bool = False
-    """Compute each layer again in the backward pass, to save memory."""
+    remat: Remat = "none"
+    """Layers, or all but their dense products, are computed again going back, to save memory."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the model's arithmetic, rollouts included; parameters are kept in float32."""
     moments: Bytes = "float32"
@@ -186,7 +187,7 @@ _ZERO = Recipe(
     format=1.0, rate=3e-6, beta2=0.999, warmup=0.0,
     objective=Objective(clip_low=10.0, clip_high=10.0, beta=0.001),
     reference_every=25,  # 400 updates
-    remat=True, compute="bfloat16", accumulate=512, slots=512, evaluate_every=50,
+    remat="full", compute="bfloat16", accumulate=512, slots=512, evaluate_every=50,
 )  # fmt: skip
 PRESETS = {
     "nano": Recipe(),

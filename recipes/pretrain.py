@@ -49,6 +49,7 @@ from deepzoo.recipes.parts.countdown_traces import steps_right
 from deepzoo.recipes.parts.documents import Documents, encoded, fill_in_the_middle, pair
 from deepzoo.recipes.parts.losses import Balance, next_token
 from deepzoo.recipes.parts.main import main
+from deepzoo.recipes.parts.memory import Remat
 from deepzoo.recipes.parts.optim import Bytes, adamw, muon
 from deepzoo.recipes.parts.packing import pack
 from deepzoo.recipes.parts.problems import task
@@ -97,8 +98,8 @@ class Recipe:
     """Tokens of a row."""
     accumulate: int = 1
     """Micro-batches of a batch; its rows are cut into so many parts, which need less memory."""
-    remat: bool = False
-    """Compute each layer again in the backward pass, to save memory."""
+    remat: Remat = "none"
+    """Layers, or all but their dense products, are computed again going back, to save memory."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the model's arithmetic; parameters are kept in float32."""
     moments: Bytes = "float32"
@@ -209,9 +210,9 @@ def _from_scratch(name: str) -> Config:
 
 _PAPER = Recipe(
     config=_from_scratch("deepseek-v2"), data="data", tokenizer="data", masked=False, tokens=8.1e12,
-    rows=9216, first_rows=2304, growing=225e9, grow_by=768, length=4096, accumulate=768, remat=True,
-    compute="bfloat16", rate=0.0, adam_rate=2.4e-4, weight_decay=0.1, schedule="v2", balance=0.003,
-    device=0.05, communication=0.02, problems=0, sample_every=0,
+    rows=9216, first_rows=2304, growing=225e9, grow_by=768, length=4096, accumulate=768,
+    remat="full", compute="bfloat16", rate=0.0, adam_rate=2.4e-4, weight_decay=0.1, schedule="v2",
+    balance=0.003, device=0.05, communication=0.02, problems=0, sample_every=0,
 )  # fmt: skip
 _COUNTDOWN = Recipe(
     config=_R1, corpus="countdown", steps=1200, length=512, balance=1e-4, bias_rate=0.003, mtp=0.3,

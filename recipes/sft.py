@@ -33,6 +33,7 @@ from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.documents import Documents, documents, encoded, pair
 from deepzoo.recipes.parts.losses import next_token
 from deepzoo.recipes.parts.main import main
+from deepzoo.recipes.parts.memory import Remat
 from deepzoo.recipes.parts.mtp import loaded, with_mtp
 from deepzoo.recipes.parts.optim import Bytes, adamw
 from deepzoo.recipes.parts.records import DataError, read
@@ -86,8 +87,8 @@ class Recipe:
     """Micro-batches of a batch."""
     mtp: float = 0.0
     """Weight of the loss of multi-token prediction; 0 leaves a model's MTP layers as they are."""
-    remat: bool = False
-    """Compute each layer again in the backward pass, to save memory."""
+    remat: Remat = "none"
+    """Layers, or all but their dense products, are computed again going back, to save memory."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the model's arithmetic; parameters are kept in float32."""
     moments: Bytes = "float32"
@@ -110,7 +111,7 @@ class Recipe:
 
 _R1 = Recipe(
     model="deepseek-v3-base", data="data", task="", epochs=2, rows=128, length=32768, rate=5e-5,
-    warmup=0.0, weight_decay=0.1, accumulate=128, remat=True, compute="bfloat16", held_out=0,
+    warmup=0.0, weight_decay=0.1, accumulate=128, remat="full", compute="bfloat16", held_out=0,
     sample_every=0,
 )  # fmt: skip
 PRESETS = {

@@ -123,9 +123,9 @@ def apply(
         positions: int32 [B, T], instead of the derived ones.
         experts: int32 [L, B, T, K], `Output.routing.indices` of another pass over these tokens: its
             choice of experts is taken, with weights from this pass's scores.
-        remat: recompute each layer in the backward pass; or the name of a policy in
-            `jax.checkpoint_policies` that says what is kept nevertheless, such as
-            "dots_with_no_batch_dims_saveable".
+        remat: what the backward pass computes again instead of keeping it: "none" or False; "full"
+            or True, each layer; "dots", each layer but its products with weights that all tokens
+            share; or what a policy in `jax.checkpoint_policies` leaves, by its name.
         logits: False leaves out the head; `hidden` is then in `logits`' place too (losses that
             apply the head in chunks).
     """

@@ -4,6 +4,7 @@ B batch  T token  D model  V vocabulary  L layers of a stack  E experts  K chose
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from deepzoo.zoo.rope import cos_sin
 
 Params = dict[str, Any]
 STACKS = ("dense", "moe")
+_POLICIES = {"full": "nothing_saveable", "dots": "dots_with_no_batch_dims_saveable"}
 
 
 class Output(NamedTuple):
@@ -154,9 +156,7 @@ class Decoder(nnx.Module):
             x, cache, routing = layer(x, context, cache, experts)
             return x, (cache, routing)
 
-        if remat:
-            keep = getattr(jax.checkpoint_policies, remat) if isinstance(remat, str) else None
-            step = jax.checkpoint(step, policy=keep)
+        step = recomputed(step, remat)
         if self.stacked:
             x, (cache, routing) = jax.lax.scan(step, x, (layers, cache, experts))
             return x, cache, routing
@@ -207,6 +207,23 @@ class Decoder(nnx.Module):
                 kept = cache.layers["mtp"] | {index: new}
             cache = cache._replace(layers=cache.layers | {"mtp": kept})
         return Output(self.logits(hidden) if logits else hidden, cache, routing, hidden)
+
+
+def recomputed(layer: Callable, remat: bool | str) -> Callable:
+    """`layer` with the rematerialisation of `apply`.
+
+    Raises:
+        ValueError: there is no policy of that name.
+    """
+    if remat in (False, "none"):
+        return layer
+    name = "full" if remat is True else remat
+    policy = getattr(jax.checkpoint_policies, _POLICIES.get(name, name), None)
+    if policy is None:
+        raise ValueError(
+            f"remat {remat!r}: expected none, full, dots, or a name in jax.checkpoint_policies"
+        )
+    return jax.checkpoint(layer, policy=policy)
 
 
 def _make_block(config: Config, moe: bool, rngs: nnx.Rngs) -> Block:

@@ -27,7 +27,7 @@ def with_teacher(params: Params, frozen: Params) -> Params:
 
 def divergence(
     student: Config, teacher: Config, direction: Direction, *, temperature: float = 1.0,
-    remat: bool = False,
+    remat: bool | str = False,
 ) -> Loss:  # fmt: skip
     """KL divergence at every target of a batch of packed rows (see `rows.Rows`).
 
@@ -40,7 +40,7 @@ def divergence(
         teacher: the frozen one, with the same token ids.
         direction: which of the two.
         temperature: of both distributions.
-        remat: recompute each layer of the student in the backward pass.
+        remat: what to recompute of the student in the backward pass, see `zoo.apply`.
 
     Returns:
         A loss of `with_teacher`'s parameters; metrics kl and nll, the student's on the targets at
@@ -53,7 +53,7 @@ def divergence(
         target, weight = shifted(batch, 1)
         own = {name: value for name, value in params.items() if name != TEACHER}
 
-        def hidden_and_head(config: Config, params: Params, remat: bool):
+        def hidden_and_head(config: Config, params: Params, remat: bool | str):
             out = zoo.apply(config, params, seen, segment_ids=inside, logits=False, remat=remat)
             head = params["embed_tokens" if config.tie_word_embeddings else "lm_head"]["weight"]
             return out.hidden.reshape(-1, out.hidden.shape[-1]), head

@@ -37,7 +37,7 @@ def score(
     temperature: float = 1.0,
     experts: jax.Array | None = None,
     chunk: int = 1024,
-    remat: bool = False,
+    remat: bool | str = False,
 ) -> Scored:
     """Scores every token but the first of each sequence.
 
@@ -51,7 +51,7 @@ def score(
         experts: int32 [L, B, T - 1, K], `Scored.routing.indices` of another pass, taken instead of
             this one's choice (routing replay).
         chunk: positions whose logits are held at a time; they are made again in the backward pass.
-        remat: recompute each layer in the backward pass.
+        remat: what to recompute in the backward pass, see `zoo.apply`.
     """
     inside = None if segments is None else segments[:, :-1]
     out = zoo.apply(

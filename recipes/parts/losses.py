@@ -37,7 +37,7 @@ def next_token(
     balance: Balance | None = None,
     mtp: float = 0.0,
     z_loss: float = 0.0,
-    remat: bool = False,
+    remat: bool | str = False,
 ) -> Loss:
     """Cross entropy of the next token, with what V2 and V3 add to it.
 
@@ -47,7 +47,7 @@ def next_token(
         mtp: lambda of the multi-token prediction loss (V3, eq. 24-25): the mean over depths of the
             cross entropy of the tokens further ahead. A batch's own "mtp" multiplies it.
         z_loss: weight of the squared log-sum-exp of the logits.
-        remat: recompute each layer in the backward pass.
+        remat: what to recompute in the backward pass, see `zoo.apply`.
 
     Returns:
         A loss; metrics nll, mtp0, ..., balance (the expert-level one, 1 for each layer that is

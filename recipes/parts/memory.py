@@ -1,10 +1,13 @@
 """Bytes that a step needs on each device, from the compiled step itself."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from deepzoo.recipes.parts.step import Batch, State
+
+type Remat = Literal["none", "full", "dots"]
+"""Rematerialisation of a recipe's layers, see `zoo.apply`."""
 
 
 def estimate(step: Any, state: State, batch: Batch) -> str:
