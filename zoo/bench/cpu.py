@@ -6,6 +6,7 @@ compared. Every round also checks that both computed the same thing: the same to
 where both go on from round to round, the same loss.
 """
 
+import importlib
 import json
 import os
 import platform
@@ -23,13 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from deepzoo.kernels.linear_cross_entropy import linear_cross_entropy
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.engine import Engine, Request
 from deepzoo.zoo.errors import RequestError
-from deepzoo.zoo.functional import apply, init, stack
+from deepzoo.zoo.functional import init, stack
 from deepzoo.zoo.load import load
-from deepzoo.zoo.model import Params
 from deepzoo.zoo.save import save_hf
 from deepzoo.zoo.types import Model
 
@@ -103,35 +102,28 @@ def ours(model: Model, case: Case) -> tuple[float, list[int]]:
 
 
 class Training:
-    """Next-token training on one batch: forward, backward and AdamW, weight decay on everything."""
+    """The recipes' own step and next-token loss on one batch, as the peer trains: AdamW with weight
+    decay on everything, gradients not clipped."""
 
     def __init__(self, model: Model, case: Case):
+        # The zoo knows no recipes; they are looked for when the command runs.
+        parts = importlib.import_module("deepzoo.recipes.parts.step")
+        losses = importlib.import_module("deepzoo.recipes.parts.losses")
         ids = prompt_ids(case, model.config.vocab_size).astype(np.int32)
-        config, tx = model.config, optax.adamw(RATE, *BETAS, eps=1e-8, weight_decay=DECAY)
-        self.batch = jnp.asarray(ids)
-        self.params = stack(jax.tree.map(jnp.copy, model.params))
-        self.moments = tx.init(self.params)
-
-        def loss(params: Params, tokens: jax.Array) -> jax.Array:
-            hidden = apply(config, params, tokens[:, :-1], logits=False).hidden
-            rows, target = hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
-            head = params["lm_head"]["weight"]
-            total, _ = linear_cross_entropy(rows, head, target, jnp.ones(target.shape))
-            return total / target.size
-
-        def step(params: Params, moments: Any, tokens: jax.Array):
-            value, gradient = jax.value_and_grad(loss)(params, tokens)
-            updates, moments = tx.update(gradient, moments, params)
-            return optax.apply_updates(params, updates), moments, value
-
-        self._step = jax.jit(step, donate_argnums=(0, 1))
+        tx = optax.adamw(RATE, *BETAS, eps=1e-8, weight_decay=DECAY)
+        weights = np.ones(ids.shape, np.float32)
+        self.batch = {"tokens": ids, "segments": np.zeros_like(ids), "weights": weights}
+        params = stack(jax.tree.map(jnp.copy, model.params))
+        self.state = parts.start(params, tx, 0)
+        step = parts.train_step(losses.next_token(model.config), tx, clip=float("inf"))
+        self._step = parts.jitted(step, self.state)
 
     def measure(self) -> tuple[float, float]:
         """Seconds of one step, and its loss."""
         start = time.perf_counter()
-        self.params, self.moments, loss = self._step(self.params, self.moments, self.batch)
-        jax.block_until_ready(self.params)
-        return time.perf_counter() - start, float(loss)
+        self.state, metrics = self._step(self.state, self.batch)
+        jax.block_until_ready(self.state.params)
+        return time.perf_counter() - start, float(metrics["loss"])
 
 
 class Peer:
