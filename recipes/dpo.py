@@ -116,7 +116,8 @@ PRESETS = {
 def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
     """Trains; writes `out`/model in the published layout and returns it.
 
-    Called again for the same directory, it goes on from the newest checkpoint.
+    Pairs of the model's own answers are kept in `out`/pairs.npz. Called again for the same
+    directory, it goes on from the newest checkpoint.
 
     Raises:
         DataError: the data cannot be used; or the model's answers hold no pair.
@@ -124,14 +125,16 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
     mesh = mesh_of(options)
     model, aside = loaded(recipe.model, dtype="float32", quantized=False, mesh=mesh)
     config = model.config
-    made = from_records(recipe, model) if recipe.data else from_answers(recipe, model)
-    count = len(made["tokens"])
-    steps = -(-count * recipe.epochs // recipe.pairs)
-    step, tx = learner(recipe, config, steps)
-    reference = reference_logprobs(config, model.params, made, recipe.pairs, mesh)
-    facts = {"pairs": count, "data": digest(made)}
-    told: dict[str, Any] = {"facts": facts, "models": {"model": model.params | aside}}
+    given = from_records(recipe, model) if recipe.data else None
+    told: dict[str, Any] = {"models": {"model": model.params | aside}}
+    if given is not None:
+        told["facts"] = {"pairs": len(given["tokens"]), "data": digest(given)}
     with Run(out, recipe, options, model=config, tokenizer=model.tokenizer, **told) as run:
+        made = own_pairs(recipe, run, model) if given is None else given
+        count = len(made["tokens"])
+        steps = -(-count * recipe.epochs // recipe.pairs)
+        step, tx = learner(recipe, config, steps)
+        reference = reference_logprobs(config, model.params, made, recipe.pairs, mesh)
         state = run.state(lambda params: start(params, tx, recipe.seed), model.params)
 
         def batch(at: int) -> dict[str, np.ndarray]:
@@ -246,6 +249,26 @@ def from_records(recipe: Recipe, model: Model) -> Pairs:
         ]
         found.append((both, records.places[i]))
     return _padded(recipe, found)
+
+
+def own_pairs(recipe: Recipe, run: Run, model: Model) -> Pairs:
+    """Pairs of `from_answers`, kept in the run's directory: another mesh rounds in another way, and
+    so might answer otherwise.
+
+    Raises:
+        DataError: see `from_answers`.
+    """
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez(file, **from_answers(recipe, model))  # pyright: ignore[reportArgumentType]
+
+    path = run.out / "pairs.npz"
+    if not path.exists():
+        run.say(f"{recipe.model} answers {recipe.problems} problems")
+        run.product(path.name, write)
+    with np.load(path) as file:
+        return dict(file)
 
 
 def from_answers(recipe: Recipe, model: Model) -> Pairs:

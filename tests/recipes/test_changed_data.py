@@ -1,10 +1,13 @@
 """A run goes on with the data it was begun with, or not at all."""
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import faults
 import jax
+import numpy as np
 import pytest
 
 from deepzoo import zoo
@@ -12,7 +15,7 @@ from deepzoo.recipes import dpo, sft
 from deepzoo.recipes.parts import main as line
 from deepzoo.recipes.parts import tasks
 from deepzoo.recipes.parts.log import read_metrics
-from deepzoo.recipes.parts.run import Run
+from deepzoo.recipes.parts.run import Options, Run
 from deepzoo.recipes.parts.step import State
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.errors import RequestError
@@ -35,6 +38,19 @@ def write(path: Path, records: list[dict[str, str]]) -> None:
 def kept(out: Path) -> dict[str, tuple[int, int]]:
     """Sizes and times of all files of a run but the lock, which names the last process."""
     return {name: of for name, of in faults.snapshot(out).items() if name != ".lock"}
+
+
+def ended(go: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs until the first checkpoint is there."""
+    saved = Run.save
+
+    def save(run: Run, state: State) -> None:
+        saved(run, state)
+        raise Ended
+
+    with monkeypatch.context() as patched, pytest.raises(Ended):
+        patched.setattr(Run, "save", save)
+        go()
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +84,8 @@ def test_a_run_whose_file_was_changed_does_not_go_on(
     def go() -> None:
         line.run(recipe.train, recipe.PRESETS, recipe.__doc__, words, "train")
 
-    saved = Run.save
-
-    def save(run: Run, state: State) -> None:
-        saved(run, state)
-        raise Ended
-
     write(data, records)
-    with monkeypatch.context() as patched, pytest.raises(Ended):
-        patched.setattr(Run, "save", save)
-        go()
+    ended(go, monkeypatch)
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["00000001"]
     before = kept(out)
     # One record more, one of which a single token is another, one whose answer begins earlier.
@@ -98,3 +106,35 @@ def test_a_run_whose_file_was_changed_does_not_go_on(
     go()
     steps = [row["step"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
     assert steps == list(range(1, 5))
+
+
+def test_dpo_goes_on_with_the_answers_it_was_begun_with(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Another mesh rounds in another way: there the model might answer otherwise."""
+    answered = 0
+
+    def answers(recipe: dpo.Recipe, model: Model) -> dpo.Pairs:
+        nonlocal answered
+        answered += 1
+        rng = np.random.default_rng(answered)
+        tokens = rng.integers(3, 1000, (8, 2, recipe.length)).astype(np.int32)
+        return {"tokens": tokens, "mask": np.ones((8, 2, recipe.length - 1), np.float32)}
+
+    monkeypatch.setattr(dpo, "from_answers", answers)
+    recipe = dataclasses.replace(
+        dpo.PRESETS["nano"], model=str(model), pairs=4, epochs=2, length=16, held_out=0,
+        sample_every=0,
+    )  # fmt: skip
+    options = Options(save_every=1, log_every=1, tensorboard=False, quiet=True)
+    made = {}
+    for name in ("whole", "ended"):
+        answered, out = 0, tmp_path / name
+        if name == "ended":
+            ended(lambda out=out: dpo.train(recipe, out, options), monkeypatch)
+            answered = 6  # what it would answer now
+        dpo.train(recipe, out, options)
+        made[name] = [row["loss"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+    assert len(made["whole"]) == 4
+    assert made["ended"] == made["whole"]
+    assert answered == 6
