@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 
 from deepzoo import zoo
 from deepzoo.recipes.parts import problems as tasks
+from deepzoo.recipes.parts import processes
 from deepzoo.recipes.parts.accuracy import measure
 from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.documents import pair
@@ -122,10 +123,11 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
     config = model.config
     made = from_records(recipe, model) if recipe.data else from_answers(recipe, model)
     count = len(made["tokens"])
+    facts = {"pairs": count, "data": digest(made)}
+    processes.same(facts)  # each has written the answers itself
     steps = -(-count * recipe.epochs // recipe.pairs)
     step, tx = learner(recipe, config, steps)
     reference = reference_logprobs(config, model.params, made, recipe.pairs, mesh)
-    facts = {"pairs": count, "data": digest(made)}
     told: dict[str, Any] = {"facts": facts, "models": {"model": model.params | aside}}
     with Run(out, recipe, options, model=config, tokenizer=model.tokenizer, **told) as run:
         state = run.state(lambda params: start(params, tx, recipe.seed), model.params)
@@ -142,8 +144,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
 
         def held_out(state: State) -> dict[str, Any]:
             found = measure(
-                whole(state), tasks.task(recipe.task), recipe.held_out, max_tokens=recipe.length,
-                temperature=1.0, top_p=1.0,
+                processes.local(whole(state)), tasks.task(recipe.task), recipe.held_out,
+                max_tokens=recipe.length, temperature=1.0, top_p=1.0,
             )  # fmt: skip
             return {"held_out": found.accuracy}
 
@@ -154,7 +156,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             jitted(step, state), state, batch, steps, on=hooks,
             tokens=2 * recipe.pairs * recipe.length, flops=flops_per_token(config, recipe.length),
         )  # fmt: skip
-        trained = with_mtp(whole(state), aside)
+        trained = processes.for_first(with_mtp(whole(state), aside))
         path = run.product("model", lambda path: zoo.save_hf(trained, path))
     return zoo.load(path, dtype="float32", mesh=mesh)
 
@@ -216,7 +218,7 @@ def reference_logprobs(
     padded = {k: np.concatenate([a, a[:1].repeat(spare, axis=0)]) for k, a in made.items()}
     cut = ({k: a[i : i + rows] for k, a in padded.items()} for i in range(0, count, rows))
     parts = [part(params, **(some if mesh is None else spread(some, mesh))) for some in cut]
-    return np.concatenate(parts)[:count]
+    return np.concatenate([processes.on_host(a) for a in parts])[:count]
 
 
 def from_records(recipe: Recipe, model: Model) -> Pairs:
@@ -248,7 +250,7 @@ def from_answers(recipe: Recipe, model: Model) -> Pairs:
     prompts = [encode(model, p.prompt, raw=p.raw, format=recipe.format).tokens for p in asked]
     longest = max(map(len, prompts))
     made = rollout(
-        model.config, model.params, prompts, answers=recipe.answers,
+        model.config, processes.local(model.params), prompts, answers=recipe.answers,
         max_tokens=recipe.length - longest, width=recipe.length, eos_ids=tokenizer.eos_ids,
         seed=step_seed(recipe.seed, 0),
     )  # fmt: skip

@@ -42,7 +42,13 @@ import numpy as np
 import optax
 
 from deepzoo import zoo
-from deepzoo.recipes.parts import countdown_corpus, countdown_tokenizer, schedules, tasks
+from deepzoo.recipes.parts import (
+    countdown_corpus,
+    countdown_tokenizer,
+    processes,
+    schedules,
+    tasks,
+)
 from deepzoo.recipes.parts.accuracy import Score, measure
 from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.countdown_traces import steps_right
@@ -351,8 +357,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             made = zoo.generate(trained(state), [asked.prompt], raw=asked.raw, max_tokens=96)
             return {"sample": f"{asked.prompt} {made[0].text}"}
 
-        def trained(state):
-            return Model(config, with_bias(state.params, state.bias), tokenizer)
+        def trained(state, gathered=processes.local):
+            return Model(config, gathered(with_bias(state.params, state.bias)), tokenizer)
 
         state = run.state(initial)
         state = run.fit(
@@ -367,8 +373,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             tokens=grown.tokens,
             flops=flops_per_token(config, recipe.length, mtp=bool(recipe.mtp)),
         )
-        greedy = recipe.corpus == "arithmetic"
-        path = run.product("model", lambda path: export(trained(state), path, greedy=greedy))
+        final, greedy = trained(state, processes.for_first), recipe.corpus == "arithmetic"
+        path = run.product("model", lambda path: export(final, path, greedy=greedy))
     return zoo.load(path, dtype="float32", mesh=run.mesh)
 
 
