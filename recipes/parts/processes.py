@@ -53,7 +53,7 @@ def initialize() -> None:
         return
     if missing := [name for name in (ADDRESS, COUNT, INDEX) if name not in given]:
         raise RequestError(
-            f"{' and '.join(given)} is set, {' and '.join(missing)} is not; several processes need"
+            f"{' and '.join(given)}: set without {' and '.join(missing)}; several processes need"
             " all three, one process none of them"
         )
     count, index = (_number(name, given[name]) for name in (COUNT, INDEX))
