@@ -36,7 +36,7 @@ _LAST = 60
 # Seconds that the others wait while one works alone, such as at writing a large model. One that
 # dies is noticed by JAX itself, much sooner.
 _PATIENCE = 24 * 3600
-_barriers = itertools.count()
+_barriers = itertools.count()  # each has a name of its own, the same in all processes
 
 
 def initialize() -> None:

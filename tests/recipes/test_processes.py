@@ -284,7 +284,7 @@ def test_a_recipe_is_ended_and_goes_on_with_two_processes_and_with_one(tmp_path)
         np.testing.assert_allclose([r[name] for r in found], [r[name] for r in want], rtol=1e-5)
 
     # A published model, its held-out problems answered by each process for itself.
-    tuned = f"--model {out}/model --task arithmetic --samples 8 --epochs 1 --rows 4 --length 128"
+    tuned = f"--model {out}/model --task arithmetic --samples 8 --epochs 3 --rows 4 --length 128"
     tuned += " --held-out 2 --log-every 1"
     first, second = ended(recipe("sft", 2, tmp_path / "two", tuned))
     assert "held out" in first and second == ""
