@@ -35,6 +35,7 @@ from jax.sharding import Mesh
 
 from deepzoo import zoo
 from deepzoo.recipes.parts import problems as tasks
+from deepzoo.recipes.parts import processes
 from deepzoo.recipes.parts.accuracy import measure
 from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.divergence import divergence, with_teacher
@@ -161,6 +162,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         RequestError: the settings contradict each other, or teacher and student do not have the
             same token ids and `mode` needs them.
     """
+    if recipe.mode == "on_policy":
+        processes.only_one("distill --mode on_policy")
     mesh = mesh_of(options)
     teacher = load_teacher(recipe, mesh)
     student = load_student(recipe, teacher, mesh)
@@ -186,7 +189,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
 
         def held_out(state: State) -> dict[str, Any]:
             found = measure(
-                whole(state), tasks.task(recipe.task), recipe.held_out,
+                processes.local(whole(state)), tasks.task(recipe.task), recipe.held_out,
                 max_tokens=recipe.max_tokens, temperature=0.0, slots=recipe.slots,
             )  # fmt: skip
             return {"held_out": found.accuracy, "held_out_truncated": float(found.truncated.mean())}
@@ -200,7 +203,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         if recipe.held_out and recipe.task:
             hooks.append(run.every(recipe.evaluate_every, held_out, last=True))
         state = run.fit(step, state, batch, steps, on=hooks)
-        path = run.product("model", lambda path: zoo.save_hf(whole(state), path))
+        final = processes.for_first(whole(state))
+        path = run.product("model", lambda path: zoo.save_hf(final, path))
     return zoo.load(path, dtype="float32", mesh=mesh)
 
 
@@ -271,7 +275,7 @@ def batches(
     if given is None:
         assert teacher is not None
         path = run.out / "traces"
-        if not path.exists():
+        if not processes.decided(path.exists()):
             run.say(f"{recipe.teacher} answers {recipe.problems} problems")
             kept = traces(recipe, teacher)
             run.say(f"{len(kept)} of {recipe.problems * recipe.answers} answers are right")
@@ -293,11 +297,12 @@ def traces(recipe: Recipe, teacher: Model) -> list[dict[str, Any]]:
     asked = tasks.batch(task.problems, recipe.problems, recipe.seed)
     prompts = [encode(teacher, p.prompt, raw=p.raw, format=recipe.format) for p in asked]
     width = max(len(p.tokens) for p in prompts) + recipe.max_tokens
+    params = processes.local(teacher.params)  # each process writes all answers, the same ones
     kept = []
     for number, first in enumerate(range(0, len(asked), recipe.slots)):
         some = slice(first, first + recipe.slots)
         made = rollout(
-            teacher.config, teacher.params, [p.tokens for p in prompts[some]],
+            teacher.config, params, [p.tokens for p in prompts[some]],
             answers=recipe.answers, max_tokens=recipe.max_tokens, width=width,
             eos_ids=tokenizer.eos_ids, seed=step_seed(recipe.seed, number),
             temperature=recipe.sampling, slots=recipe.slots,

@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 
 from deepzoo import zoo
 from deepzoo.recipes.parts import problems as tasks
+from deepzoo.recipes.parts import processes
 from deepzoo.recipes.parts.accuracy import measure
 from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.documents import pair
@@ -149,8 +150,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
 
         def held_out(state: State) -> dict[str, Any]:
             found = measure(
-                whole(state), tasks.task(recipe.task), recipe.held_out, max_tokens=recipe.length,
-                temperature=1.0, top_p=1.0,
+                processes.local(whole(state)), tasks.task(recipe.task), recipe.held_out,
+                max_tokens=recipe.length, temperature=1.0, top_p=1.0,
             )  # fmt: skip
             return {"held_out": found.accuracy}
 
@@ -164,7 +165,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         if recipe.held_out and recipe.task:
             hooks.append(run.every(recipe.evaluate_every, held_out, last=True))
         state = run.fit(jitted(step, state), state, batch, steps, on=hooks)
-        trained = with_mtp(whole(state), aside)
+        trained = processes.for_first(with_mtp(whole(state), aside))
         path = run.product("model", lambda path: zoo.save_hf(trained, path))
     return zoo.load(path, dtype="float32", mesh=mesh)
 
@@ -230,7 +231,7 @@ def reference_logprobs(
     padded = {k: np.concatenate([a, a[:1].repeat(spare, axis=0)]) for k, a in made.items()}
     cut = ({k: a[i : i + rows] for k, a in padded.items()} for i in range(0, count, rows))
     parts = [part(params, **(some if mesh is None else spread(some, mesh))) for some in cut]
-    return np.concatenate(parts)[:count]
+    return np.concatenate([processes.on_host(a) for a in parts])[:count]
 
 
 def from_records(recipe: Recipe, model: Model) -> Pairs:
@@ -258,14 +259,16 @@ def own_pairs(recipe: Recipe, run: Run, model: Model) -> Pairs:
     Raises:
         DataError: see `from_answers`.
     """
-
-    def write(path: Path) -> None:
-        with path.open("wb") as file:
-            np.savez(file, **from_answers(recipe, model))  # pyright: ignore[reportArgumentType]
-
     path = run.out / "pairs.npz"
-    if not path.exists():
+    if not processes.decided(path.exists()):
         run.say(f"{recipe.model} answers {recipe.problems} problems")
+        made = from_answers(recipe, model)
+        processes.same({"pairs": digest(made)})  # each has written the answers itself
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                np.savez(file, **made)  # pyright: ignore[reportArgumentType]
+
         run.product(path.name, write)
     with np.load(path) as file:
         return dict(file)
@@ -282,7 +285,7 @@ def from_answers(recipe: Recipe, model: Model) -> Pairs:
     prompts = [encode(model, p.prompt, raw=p.raw, format=recipe.format).tokens for p in asked]
     longest = max(map(len, prompts))
     made = rollout(
-        model.config, model.params, prompts, answers=recipe.answers,
+        model.config, processes.local(model.params), prompts, answers=recipe.answers,
         max_tokens=recipe.length - longest, width=recipe.length, eos_ids=tokenizer.eos_ids,
         seed=step_seed(recipe.seed, 0),
     )  # fmt: skip

@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deepzoo import zoo
-from deepzoo.recipes.parts import answers
+from deepzoo.recipes.parts import answers, processes
 from deepzoo.recipes.parts import problems as tasks
 from deepzoo.recipes.parts.accuracy import held_out, interval, majority_at_k, pass_at_k
 from deepzoo.recipes.parts.documents import Documents, encoded
@@ -103,6 +103,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> dict[str
     Raises:
         RequestError: k is larger than the number of samples, or there is nothing to measure.
     """
+    processes.only_one("evaluate")
     _check(recipe)
     mesh = mesh_of(options)
     model = zoo.load(recipe.model, dtype=recipe.dtype, mtp=False, stacked=False, mesh=mesh)

@@ -43,7 +43,7 @@ import numpy as np
 import optax
 
 from deepzoo import zoo
-from deepzoo.recipes.parts import positions, problems
+from deepzoo.recipes.parts import positions, problems, processes
 from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.documents import Documents, encoded, pair
 from deepzoo.recipes.parts.losses import Balance, next_token
@@ -214,7 +214,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             )
             begin += count
         params = with_bias(state.params, state.bias)
-        longer = with_mtp(model._replace(config=config, params=params), aside)
+        longer = processes.for_first(with_mtp(model._replace(config=config, params=params), aside))
         path = run.product("model", lambda path: zoo.save_hf(longer, path))
         if held is not None:
             found.append(measured(config, params))

@@ -51,6 +51,7 @@ import optax
 from deepzoo import zoo
 from deepzoo.kernels.router import expert_counts
 from deepzoo.recipes.parts import problems as tasks
+from deepzoo.recipes.parts import processes
 from deepzoo.recipes.parts import rewards as rules
 from deepzoo.recipes.parts.accuracy import measure
 from deepzoo.recipes.parts.advantage import Baseline, Scale, advantages, by_component, dead
@@ -220,6 +221,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         DataError: a problem cannot be used; with file and line.
         SandboxUnavailable: problems need programs to be run, which cannot be isolated here.
     """
+    processes.only_one("grpo")
     mesh = mesh_of(options)
     model, aside = loaded(recipe.model, dtype="float32", quantized=False, mesh=mesh)
     _check(recipe, model)

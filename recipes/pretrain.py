@@ -42,7 +42,13 @@ import numpy as np
 import optax
 
 from deepzoo import zoo
-from deepzoo.recipes.parts import countdown_corpus, countdown_tokenizer, schedules, tasks
+from deepzoo.recipes.parts import (
+    countdown_corpus,
+    countdown_tokenizer,
+    processes,
+    schedules,
+    tasks,
+)
 from deepzoo.recipes.parts.accuracy import Score, measure
 from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.countdown_traces import steps_right
@@ -350,8 +356,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         def look(state):
             return sample(trained(state), task(recipe.corpus), recipe.seed, int(state.step))
 
-        def trained(state):
-            return Model(config, with_bias(state.params, state.bias), tokenizer)
+        def trained(state, gathered=processes.local):
+            return Model(config, gathered(with_bias(state.params, state.bias)), tokenizer)
 
         state = run.state(initial)
         state = run.fit(
@@ -365,8 +371,8 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
             ],
             tokens=grown.tokens,
         )
-        greedy = recipe.corpus == "arithmetic"
-        path = run.product("model", lambda path: export(trained(state), path, greedy=greedy))
+        final, greedy = trained(state, processes.for_first), recipe.corpus == "arithmetic"
+        path = run.product("model", lambda path: export(final, path, greedy=greedy))
     return zoo.load(path, dtype="float32", mesh=run.mesh)
 
 

@@ -49,7 +49,7 @@ from typing import Any, Literal
 
 from deepzoo import zoo
 from deepzoo.recipes import distill, evaluate, grpo, pretrain, reject, sft
-from deepzoo.recipes.parts import checkpoint
+from deepzoo.recipes.parts import checkpoint, processes
 from deepzoo.recipes.parts.clock import Clock
 from deepzoo.recipes.parts.main import main
 from deepzoo.recipes.parts.mixture import Mixture, mix
@@ -217,6 +217,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Found:
         RequestError: settings contradict each other, or differ from those it was begun with; or a
             stage cannot go on, such as when nothing is left after rejection sampling.
     """
+    processes.only_one("r1")
     out = Path(out).expanduser().resolve()
     stages = plan(recipe, out)
     names = [stage.name for stage in stages]

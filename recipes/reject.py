@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deepzoo import zoo
-from deepzoo.recipes.parts import answers, rewards
+from deepzoo.recipes.parts import answers, processes, rewards
 from deepzoo.recipes.parts import problems as tasks
 from deepzoo.recipes.parts.answers import Answer
 from deepzoo.recipes.parts.main import main
@@ -98,6 +98,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> dict[str
     Raises:
         RequestError: nothing is left after filtering; with the reasons.
     """
+    processes.only_one("reject")
     how: dict[str, Any] = {"dtype": recipe.dtype, "mtp": False, "mesh": mesh_of(options)}
     model = zoo.load(recipe.model, stacked=False, **how)
     task = tasks.task(recipe.task, recipe.data, language=recipe.target_language)

@@ -26,7 +26,7 @@ import jax
 import optax
 
 from deepzoo import zoo
-from deepzoo.recipes.parts import lora
+from deepzoo.recipes.parts import lora, processes
 from deepzoo.recipes.parts import problems as tasks
 from deepzoo.recipes.parts.accuracy import measure
 from deepzoo.recipes.parts.bias import split_bias, with_bias
@@ -173,7 +173,7 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
 
         def held_out(state: State) -> dict[str, Any]:
             found = measure(
-                whole(state), tasks.task(recipe.task), recipe.held_out,
+                processes.local(whole(state)), tasks.task(recipe.task), recipe.held_out,
                 max_tokens=recipe.length, temperature=0.0,
             )  # fmt: skip
             return {"held_out": found.accuracy, "held_out_truncated": float(found.truncated.mean())}
@@ -187,12 +187,13 @@ def train(recipe: Recipe, out: Path, options: Options | None = None) -> Model:
         if recipe.held_out and recipe.task:
             hooks.append(run.every(recipe.evaluate_every, held_out, last=True))
         state = run.fit(learner(recipe, model, tx, state), state, rows, steps, on=hooks)
-        complete = with_mtp(whole(state), aside)
+        complete = processes.for_first(with_mtp(whole(state), aside))
         path = run.product("model", lambda path: zoo.save_hf(complete, path))
         if recipe.lora_rank:
             adapter = functools.partial(
-                lora.export, config, state.params, recipe.lora_alpha, base=recipe.model
-            )
+                lora.export, config, processes.for_first(state.params), recipe.lora_alpha,
+                base=recipe.model,
+            )  # fmt: skip
             run.product("adapter", adapter)
     return zoo.load(path, dtype="float32", mesh=mesh)
 

@@ -20,6 +20,7 @@ from deepzoo.zoo.cache import Cache
 from deepzoo.zoo.cache import cache as empty_cache
 from deepzoo.zoo.config import Config
 from deepzoo.zoo.errors import RequestError
+from deepzoo.zoo.fingerprint import named
 from deepzoo.zoo.functional import bind, unstack
 from deepzoo.zoo.model import Params
 from deepzoo.zoo.sample import DRAFT, Sampling, choose, draw, log_distribution, verify
@@ -100,7 +101,8 @@ class Engine:
         speculative: draft with the MTP layer; output keeps its distribution.
 
     Raises:
-        RequestError: `speculative` for a model without an MTP layer.
+        RequestError: `speculative` for a model without an MTP layer; or parameters that lie partly
+            on devices of other processes.
     """
 
     def __init__(
@@ -118,6 +120,12 @@ class Engine:
                 "speculative decoding needs an MTP layer, which this model does not have"
                 " (num_nextn_predict_layers is 0)"
             )
+        for name, leaf in named(params).items():
+            if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+                raise RequestError(
+                    f"{name} lies partly on devices of other processes; a process generates from"
+                    " parameters on its own devices"
+                )
         self.config = config
         self.params = unstack(params)
         self.capacity = capacity

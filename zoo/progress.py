@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 type Progress = bool | Callable[[int, int], None] | None
-"""True or False: show a bar or not. None: show one if stderr is a terminal. A function: called with
-(bytes done, bytes in all) after every piece, from one thread at a time."""
+"""True or False: show a bar or not. None: show one if stderr is a terminal; of several processes
+the first does. A function: called with (bytes done, bytes in all) after every piece, from one
+thread at a time."""
 
 
 @contextmanager
 def track(what: str, total: int, progress: Progress = None) -> Iterator[Callable[[int], None]]:
     """Yields a function to call with the size of each finished piece; safe from several threads."""
     if progress is None:
-        progress = sys.stderr.isatty()
+        progress = sys.stderr.isatty() and _first()
     if progress is False:
         yield lambda n: None
     elif callable(progress):
@@ -22,6 +23,13 @@ def track(what: str, total: int, progress: Progress = None) -> Iterator[Callable
     else:
         with _bar(what, total) as advance:
             yield advance
+
+
+def _first() -> bool:
+    """Of several processes of one program only the first speaks."""
+    import jax  # asked without starting a backend where there is one process
+
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def _counter(total: int, report: Callable[[int, int], None]) -> Callable[[int], None]:

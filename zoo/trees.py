@@ -120,7 +120,8 @@ def _directory_of_all(directory: Path, needed: int) -> Iterator[Path]:
         with new_directory(directory, needed, CheckpointError) as temporary:
             yield temporary
         return
-    with _all_or_none(directory), ExitStack() as stack:
+    failed = f"{directory}: another process could not write its part"
+    with _all_or_none(failed), ExitStack() as stack:
         told = ""
         if jax.process_index() == 0:
             try:
@@ -131,15 +132,18 @@ def _directory_of_all(directory: Path, needed: int) -> Iterator[Path]:
         told = _of_first(told)
         if not told.startswith(" "):
             raise CheckpointError(told)
-        with _all_or_none(directory):  # before the first process makes it visible
+        with _all_or_none(failed):  # before the first process makes it visible
             yield Path(told[1:])
 
 
 @contextmanager
-def _all_or_none(directory: Path) -> Iterator[None]:
+def _all_or_none(failed: str) -> Iterator[None]:
     """Waits at its end for all processes, and fails in each if it failed in one."""
     from jax.experimental import multihost_utils
 
+    if jax.process_count() == 1:
+        yield
+        return
     fine = False
     try:
         yield
@@ -147,7 +151,7 @@ def _all_or_none(directory: Path) -> Iterator[None]:
     finally:
         every = np.all(multihost_utils.process_allgather(np.array(fine)))
     if not every:
-        raise CheckpointError(f"{directory}: another process could not write its part")
+        raise CheckpointError(failed)
 
 
 def _of_first(text: str) -> str:
@@ -196,6 +200,8 @@ def read_manifest(directory: str | Path) -> Manifest:
 def read_tree(manifest: Manifest, tree: str, target: Any, *, progress: Progress = None) -> Any:
     """Restores one tree into the structure of `target` and compares every leaf's fingerprint.
 
+    Of several `jax.distributed` processes all call it, and each reads what its devices hold.
+
     Args:
         manifest: from `read_manifest`.
         tree: name given to `write_tree`.
@@ -223,7 +229,8 @@ def read_tree(manifest: Manifest, tree: str, target: Any, *, progress: Progress 
     }
     total = sum(x.size * x.dtype.itemsize for x in structs.values())
     with track(f"loading {manifest.directory.name}", total, progress) as advance:
-        found = _read_orbax(manifest.directory / tree, structs, where)
+        with _all_or_none(f"{where}: another process could not read its part"):
+            found = _read_orbax(manifest.directory / tree, structs, where)
         for name, leaf in found.items():
             if leaf_fingerprint(leaf) != stored[name]["fingerprint"]:
                 raise CheckpointError(
@@ -391,7 +398,12 @@ def _read_orbax(
 
     tree = names.nest({tuple(k.split("/")): x for k, x in structs.items() if x.size})
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        # Each process for itself: Orbax would wait for the others, though one may have failed.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}
+        )
+        handler = ocp.StandardCheckpointHandler()
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             restored = checkpointer.restore(path, args=ocp.args.StandardRestore(tree))
     except DeepzooError:
         raise

@@ -6,6 +6,7 @@ checkpoints/00001000/opt_state, counters, extra
 checkpoints/00001000/manifest.json fingerprints of all of it (see `zoo.trees`)
 """
 
+import functools
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,9 +15,10 @@ from typing import Any
 
 import jax
 
+from deepzoo.recipes.parts import processes
 from deepzoo.recipes.parts.bias import split_bias, with_bias
 from deepzoo.recipes.parts.step import State
-from deepzoo.zoo.errors import CheckpointError
+from deepzoo.zoo.errors import CheckpointError, DeepzooError
 from deepzoo.zoo.fingerprint import all_finite, named
 from deepzoo.zoo.trees import read_manifest, read_tree, write_tree
 
@@ -45,6 +47,8 @@ def save_state(
 def restore_state(path: Path, like: State) -> State:
     """Reads a step directory, verifies it, and places it as `like` is placed.
 
+    Of several processes each reads its part; what fails in one of them fails in all.
+
     Args:
         path: the step directory.
         like: state of arrays, or of `jax.ShapeDtypeStruct` with shardings.
@@ -52,7 +56,8 @@ def restore_state(path: Path, like: State) -> State:
     Raises:
         CheckpointError: anything missing, damaged, or of another shape or dtype.
     """
-    manifest = read_manifest(path)
+    with processes.together():
+        manifest = read_manifest(path)
     found = {
         name: read_tree(manifest, name, tree, progress=False) if jax.tree.leaves(tree) else tree
         for name, tree in _trees(like).items()
@@ -81,23 +86,30 @@ def newest(folder: Path, like: State, say: Callable[[str], None]) -> State | Non
     Raises:
         CheckpointError: there are checkpoints, but all are damaged; or they hold another model.
     """
-    steps = saved(folder)
-    for path in reversed(steps):
+    steps = processes.broadcast("\n".join(path.name for path in saved(folder))).split()
+    for path in [folder / step for step in reversed(steps)]:
         try:
             return restore_state(path, like)
-        except CheckpointError as error:
+        except DeepzooError as error:
             if "does not fit" in str(error):  # a difference that the settings did not show
                 raise
-            aside = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            say(f"{error}; put aside as {aside.name}")
+            processes.on_first(functools.partial(_put_aside, path))
+            say(f"{error}; put aside as {_aside(path).name}")
     if steps:
         raise CheckpointError(
             f"{folder}: none of its {len(steps)} checkpoints is whole; start again in another"
             " directory"
         )
     return None
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"damaged-{path.name}")
+
+
+def _put_aside(path: Path) -> None:
+    shutil.rmtree(_aside(path), ignore_errors=True)
+    path.rename(_aside(path))
 
 
 def saved(folder: Path) -> list[Path]:

@@ -14,7 +14,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from deepzoo.recipes.parts import processes
 from deepzoo.recipes.parts.run import Options
+from deepzoo.recipes.parts.settings import plain
 from deepzoo.zoo.cli import guarded, usage
 
 type Train = Callable[[Any, Path, Options], Any]
@@ -32,6 +34,8 @@ def run(
 ) -> int:
     """Parses `args` and trains; returns the exit status.
 
+    In several processes, if the environment says so: see `processes.initialize`.
+
     Args:
         train: the recipe's entry.
         presets: name -> settings; the first is the default.
@@ -41,15 +45,19 @@ def run(
 
     Raises:
         UsageError: a flag that does not exist or cannot be read; an unknown preset.
+        RequestError: the processes cannot find each other, or were given different commands.
     """
     try:
         recipe, out, options = parse(presets, doc, args, prog)
     except SystemExit:  # after help
         return 0
     begin = time.perf_counter(), time.process_time()
+    processes.initialize()
+    processes.same({"recipe": plain(recipe), "options": plain(options)})
     train(recipe, out, options)
+    processes.barrier()  # one that ended earlier would give the others a minute only
     wall, cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]
-    if not options.quiet:
+    if not options.quiet and processes.is_first():
         print(f"{out}: done in {wall / 60:.1f} minutes ({cpu / 60:.1f} minutes of CPU time)")
     return 0
 

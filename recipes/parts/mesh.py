@@ -212,7 +212,8 @@ def spread(batch: Any, on: Mesh) -> Any:
 
 
 def _put(leaf: Any, where: NamedSharding) -> jax.Array:
-    if where.is_fully_addressable:
+    spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    if where.is_fully_addressable or spread:
         return jax.device_put(leaf, where)
     whole = np.asarray(leaf)
     return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])

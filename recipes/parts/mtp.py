@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from deepzoo import zoo
+from deepzoo.recipes.parts import processes
 from deepzoo.zoo.errors import RequestError
 from deepzoo.zoo.model import Params
 from deepzoo.zoo.types import Model
@@ -31,7 +32,8 @@ def loaded(name: str, weight: float = 0.0, **how: Any) -> tuple[Model, Params]:
         raise RequestError(f"--mtp {weight}: {name} has no MTP layer to train; use --mtp 0")
     if weight or not config.num_nextn_predict_layers:
         return model, {}
-    aside = jax.device_get({k: v for k, v in params.items() if k == "mtp"})
+    layers = {k: v for k, v in params.items() if k == "mtp"}
+    aside = jax.tree.map(processes.on_host, layers)
     rest = {k: v for k, v in params.items() if k != "mtp"}
     config = dataclasses.replace(config, num_nextn_predict_layers=0)
     return model._replace(config=config, params=rest), aside

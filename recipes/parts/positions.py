@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from deepzoo.recipes.parts import processes
 from deepzoo.recipes.parts.logprobs import score
 from deepzoo.recipes.parts.losses import shifted
 from deepzoo.zoo.config import Config
@@ -88,7 +89,8 @@ def measure(config: Config, params: Params, rows: Held, at_once: int) -> np.ndar
     some = math.gcd(count, at_once)  # passes of one shape
     for at in range(0, count, some):
         tokens, segments = (rows.batch[k][at : at + some] for k in ("tokens", "segments"))
-        found.append(np.asarray(_logprobs(config, params, tokens, segments), np.float64))
+        logprobs = processes.on_host(_logprobs(config, params, tokens, segments))
+        found.append(logprobs.astype(np.float64))
     return -np.einsum("nt,rnt->nr", np.concatenate(found), rows.share)
 
 

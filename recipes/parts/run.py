@@ -8,6 +8,9 @@
 
 Kill the process at any instant and start it again with the same command: it goes on from the newest
 whole checkpoint, and ends with the same bits and the same metrics as if nothing had happened.
+
+Of several `jax.distributed` processes (see `processes`) the first has the lock and writes all of it
+but the checkpoints, which they write together; all of them see the directory.
 """
 
 import dataclasses
@@ -26,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import jax
 from jax.sharding import Mesh
 
-from deepzoo.recipes.parts import checkpoint
+from deepzoo.recipes.parts import checkpoint, processes
 from deepzoo.recipes.parts.fit import Hook, fit
 from deepzoo.recipes.parts.log import Log
 from deepzoo.recipes.parts.memory import estimate
@@ -74,9 +77,17 @@ def mesh_of(options: Options | None) -> Mesh | None:
     """The mesh that a recipe loads its models onto; None without options or `mesh`.
 
     Raises:
-        RequestError: it cannot be read, or does not fit the devices.
+        RequestError: it cannot be read, or does not fit the devices; or there is none, and several
+            processes have nothing in common.
     """
-    return None if options is None else parsed(options.mesh)
+    found = None if options is None else parsed(options.mesh)
+    if found is None and (count := jax.process_count()) > 1:
+        devices = jax.device_count()
+        raise RequestError(
+            f"there are {count} processes with {devices} devices, and no mesh; say how all of them"
+            f" are used, such as --mesh fsdp={devices}"
+        )
+    return found
 
 
 class Run:
@@ -135,35 +146,36 @@ class Run:
         self._steps = 0
         self._saved_at = time.monotonic()
         self._before: Any = None
+        self._lock: int | None = None
 
     def __enter__(self) -> Self:
         """Locks the directory and compares settings and models with those it was begun with.
 
         Raises:
-            RequestError: somebody else uses it, it holds something else, or they differ.
+            RequestError: somebody else uses it, it holds something else, or they differ; also
+                between processes.
         """
         for name in ("save_every", "save_minutes", "keep", "log_every"):
             if (value := getattr(self.options, name)) < 0:
                 raise RequestError(f"{name} is {value}; expected 0 or more")
-        if jax.process_count() > 1:
-            raise RequestError(
-                f"{self.out}: a run's directory is for one process, and this is one of"
-                f" {jax.process_count()}; several use `fit` and `checkpoint.save_state` alone"
-            )
-        self.mesh = mesh_of(self.options)
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.out)
+        options = self.options
+        self.mesh = mesh_of(options)
+        told = {"options": plain(options), "out": os.fspath(self.out)}
+        processes.same(self._told | told)
         try:
-            self._compare()
-            checkpoint.remove_leftovers(self._folder)
-            checkpoint.remove_leftovers(self.out)
-            options = self.options
+            self._lock = processes.on_first(self._taken)
+            with processes.together():
+                if not (self.out / _SETTINGS).exists():
+                    raise RequestError(
+                        f"{self.out}: process {jax.process_index()} does not see what process 0"
+                        " wrote there; give a directory on a file system that all share"
+                    )
             self.log = Log(
                 self.out, every=options.log_every, tensorboard=options.tensorboard,
-                quiet=options.quiet,
+                quiet=options.quiet or not processes.is_first(),
             )  # fmt: skip
         except BaseException:
-            os.close(self._lock)
+            self._free()
             raise
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._terminate)
@@ -173,7 +185,7 @@ class Run:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
         self.log.close()
-        os.close(self._lock)
+        self._free()
         if self._ending and error[0] is None and callable(self._before):
             # It came behind the last step: a program of several runs ends all the same.
             self._before(signal.SIGTERM, None)
@@ -201,7 +213,7 @@ class Run:
             CheckpointError: every checkpoint is damaged, or the parameters are not finite.
             RequestError: the mesh divides nothing of this model.
         """
-        if checkpoint.saved(self._folder):
+        if processes.decided(bool(checkpoint.saved(self._folder))):
             like = jax.eval_shape(make, *given)
             if self.mesh is not None:
                 places = placements(like, self._model, self.mesh, frozen=self._frozen)
@@ -221,7 +233,8 @@ class Run:
         else:
             state = make(*given)
         checkpoint.check_finite(state.params, self.out)
-        self.log.go_on(int(state.step))
+        at = int(state.step)
+        processes.on_first(lambda: self.log.go_on(at))
         return state
 
     def fit(
@@ -260,6 +273,7 @@ class Run:
             if hasattr(step, "lower"):
                 make = lambda at: self.spread(batch(at))  # noqa: E731
                 self.say(estimate(step, state, make(at)))
+            processes.barrier()  # all have compiled it: no collective operation waits for that
             counted = tokens if callable(tokens) else lambda done: float(done * tokens)
             with self.log.watch(at, steps, counted, flops):
                 state = fit(
@@ -294,7 +308,8 @@ class Run:
 
         Args:
             steps: between calls; 0 for none.
-            look: must not keep the state: the next step may donate it.
+            look: must not keep the state: the next step may donate it. All processes call it, and
+                what the first one returns is logged; text is written from `processes.local`.
             last: call it after the last step, too.
         """
 
@@ -303,6 +318,7 @@ class Run:
             at = int(state.step)
             if (steps and at % steps == 0) or (last and at == self._steps):
                 self.log.note(at, **(look(state) or {}))
+                processes.barrier()
 
         return hook
 
@@ -326,31 +342,40 @@ class Run:
             self.say(f"not saved, {self.missed} so far: {error}; {kept}")
         else:
             self._saved = int(state.step)
-            checkpoint.prune(self._folder, self.options.keep)
+            processes.on_first(lambda: checkpoint.prune(self._folder, self.options.keep))
         self._saved_at = time.monotonic()
 
     def product(self, name: str, write: Callable[[Path], Any]) -> Path:
-        """Writes what the run is for, such as a model, to `out`/`name`; replaces an older one."""
+        """Writes what the run is for, such as a model, to `out`/`name`; replaces an older one.
+
+        Of several processes the first calls `write`, with arrays from `processes.for_first`.
+        """
         path = self.out / name
         new, old = (self.out / f".{name}.{end}" for end in ("partial", "deleting"))
-        checkpoint.remove(new)
-        checkpoint.remove(old)
-        write(new)
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-        checkpoint.remove(old)
+
+        def replace() -> None:
+            checkpoint.remove(new)
+            checkpoint.remove(old)
+            write(new)
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+            checkpoint.remove(old)
+
+        processes.on_first(replace)
         return path
 
     def _keep(self, state: State, metrics: Metrics) -> None:
         del metrics
         options, at = self.options, int(state.step)
         late = time.monotonic() - self._saved_at > options.save_minutes * 60 > 0
+        # A signal to one process ends all of them, and all have the clock of the first.
+        ending, late = processes.any_of(self._ending, late and processes.is_first())
         due = options.save_every and at % options.save_every == 0
         # Nothing is saved in a streak of bad batches: its end is not known yet.
-        if self._ending or ((due or late) and not int(state.streak)):
+        if ending or ((due or late) and not int(state.streak)):
             self.save(state)
-        if self._ending:
+        if ending:
             self.say(f"SIGTERM: stopped after step {at}; the same command goes on from there")
             raise SystemExit(0)
 
@@ -359,6 +384,24 @@ class Run:
         if self._ending:  # the second time: at once; what is half written is not visible
             os._exit(128 + signal.SIGTERM)
         self._ending = True
+
+    def _taken(self) -> int:
+        """The lock of the directory, whose settings are those of this run."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        lock = _lock(self.out)
+        try:
+            self._compare()
+            checkpoint.remove_leftovers(self._folder)
+            checkpoint.remove_leftovers(self.out)
+        except BaseException:
+            os.close(lock)
+            raise
+        return lock
+
+    def _free(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _compare(self) -> None:
         path, partial = self.out / _SETTINGS, self.out / _PARTIAL

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from deepzoo.recipes.parts import processes
 from deepzoo.recipes.parts.problems import Task
 from deepzoo.recipes.parts.rollout import rollout, step_seed
 from deepzoo.zoo.prompt import encode, sampling_defaults, tokenizer_of
@@ -32,7 +33,7 @@ def sample(
     temperature, top_p = sampling_defaults(model)
     room = min(96, context - len(prompt))
     made = rollout(
-        model.config, model.params, [prompt], answers=1, max_tokens=room,
+        model.config, processes.local(model.params), [prompt], answers=1, max_tokens=room,
         # A power of two, so that prompts of similar size share one compiled program.
         width=1 << (len(prompt) + room - 1).bit_length(), eos_ids=tokenizer.eos_ids,
         seed=step_seed(seed, step), temperature=temperature, top_p=top_p,
