@@ -146,14 +146,13 @@ def train_step(
         )
         weight = jnp.maximum(out.weight, 1e-9)  # a batch without a single token gives zeros
         gradient = jax.tree.map(lambda g: g / weight, gradient)
-        leaves = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(gradient)])
-        norm = optax.tree.norm(gradient)
+        squares = jnp.stack([jnp.square(g).sum() for g in jax.tree.leaves(gradient)])
+        leaves, norm = jnp.isfinite(squares), jnp.sqrt(squares.sum())
         scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-9))
         updates, opt_state = tx.update(
             jax.tree.map(lambda g: g * scale, gradient), state.opt_state, state.params
         )
         finite = jnp.isfinite(norm) & jnp.isfinite(out.loss) & jnp.isfinite(out.weight)
-        finite &= jnp.isfinite(optax.tree.norm(updates))
         params = optax.apply_updates(state.params, updates)
         bias = state.bias
         if bias_rate is not None:
