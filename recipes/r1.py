@@ -145,7 +145,7 @@ _RL = _open(
 _RL_MORE = dataclasses.replace(_RL, language=0.2, steps=12, max_tokens=552, rate=5e-5)
 _SFT = _open(  # a long search behind a conversation may be longer than a row
     sft.PRESETS["nano"], samples=12000, epochs=2, length=576, overlong="drop", rate=1e-3,
-    held_out=0,
+    held_out=0, sample_every=200,
 )  # fmt: skip
 _ZERO = _open(grpo.PRESETS["r1_zero"])
 _SMALL: dict[str, Any] = {
@@ -168,7 +168,7 @@ PRESETS = {
         student_base=pretrain.PRESETS["student_nano"],
         distillation=_open(
             distill.PRESETS["nano"], problems=5000, max_tokens=552, epochs=4, length=576,
-            overlong="drop", rate=2e-3, slots=128, held_out=0,
+            overlong="drop", rate=2e-3, slots=128, held_out=0, sample_every=200,
         ),
         student_rl=_RL,
     ),
