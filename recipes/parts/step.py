@@ -153,6 +153,7 @@ def train_step(
             jax.tree.map(lambda g: g * scale, gradient), state.opt_state, state.params
         )
         finite = jnp.isfinite(norm) & jnp.isfinite(out.loss) & jnp.isfinite(out.weight)
+        finite &= jnp.isfinite(optax.tree.norm(updates))
         params = optax.apply_updates(state.params, updates)
         bias = state.bias
         if bias_rate is not None:
