@@ -15,9 +15,8 @@ import hypothesis
 import pytest
 
 hypothesis.settings.register_profile("default", max_examples=50, deadline=None)
-hypothesis.settings.register_profile("brief", max_examples=10, deadline=None)
 hypothesis.settings.register_profile("nightly", max_examples=5000, deadline=None)
-hypothesis.settings.load_profile("default")  # another: pytest --hypothesis-profile NAME
+hypothesis.settings.load_profile("default")  # another: pytest --hypothesis-profile nightly
 
 # A shell starts what it sends to the background with Ctrl-C ignored, and children inherit that: the
 # tests of Ctrl-C would wait for ever.
