@@ -230,7 +230,9 @@ PRESETS = {
     "nano": Recipe(config=_V2),  # zoo/pretrained/v2-nano
     "v3_nano": Recipe(config=_V3, balance=1e-4, bias_rate=0.003, mtp=0.3),
     "r1_nano": _COUNTDOWN,
-    "student_nano": dataclasses.replace(_COUNTDOWN, config=_STUDENT, bias_rate=0.0, mtp=0.0),
+    "student_nano": dataclasses.replace(
+        _COUNTDOWN, config=_STUDENT, steps=1000, bias_rate=0.0, mtp=0.0
+    ),
     "r1_small": _COUNTDOWN_SMALL,
     "student_small": dataclasses.replace(
         _COUNTDOWN_SMALL, config=_SMALL_STUDENT, bias_rate=0.0, mtp=0.0

@@ -144,30 +144,32 @@ _RL = _open(
 )  # fmt: skip
 _RL_MORE = dataclasses.replace(_RL, language=0.2, steps=12, max_tokens=552, rate=5e-5)
 _SFT = _open(  # a long search behind a conversation may be longer than a row
-    sft.PRESETS["nano"], samples=12000, epochs=2, length=576, overlong="drop", rate=1e-3,
+    sft.PRESETS["nano"], samples=24000, epochs=1, length=576, overlong="drop", rate=1e-3,
     held_out=0, sample_every=200,
 )  # fmt: skip
 _ZERO = _open(grpo.PRESETS["r1_zero"])
 _SMALL: dict[str, Any] = {
     "prompts": 64, "accumulate": 8, "rate": 5e-5, "slots": 512, "held_out": 500,
 }  # fmt: skip
-_SFT_SMALL = dataclasses.replace(_SFT, samples=60000, rows=64, rate=3e-4, compute="bfloat16")
+_SFT_SMALL = dataclasses.replace(
+    _SFT, samples=60000, epochs=2, rows=64, rate=3e-4, compute="bfloat16"
+)
 PRESETS = {
     "nano": Recipe(
         evaluated=("countdown", "countdown-4", "countdown-unsolvable"), turns=0.2,
         pretraining=pretrain.PRESETS["r1_nano"],
-        zero=dataclasses.replace(_RL, steps=40),
+        zero=dataclasses.replace(_RL, steps=80),
         cold_start=_SFT,
         rl_1=_RL_MORE,
         rejection=_open(
-            reject.PRESETS["nano"], prompts=10000, answers=1, max_tokens=552, per_problem=1,
+            reject.PRESETS["nano"], prompts=20000, answers=1, max_tokens=552, per_problem=1,
             form=True, repeated=0.0, at_once=512, slots=128,
         ),
-        fine_tuning=dataclasses.replace(_SFT, epochs=4, mtp=0.1),
+        fine_tuning=dataclasses.replace(_SFT, epochs=2, mtp=0.1),
         rl_2=_RL_MORE,
         student_base=pretrain.PRESETS["student_nano"],
         distillation=_open(
-            distill.PRESETS["nano"], problems=5000, max_tokens=552, epochs=4, length=576,
+            distill.PRESETS["nano"], problems=5000, max_tokens=552, epochs=2, length=576,
             overlong="drop", rate=2e-3, slots=128, held_out=0, sample_every=200,
         ),
         student_rl=_RL,

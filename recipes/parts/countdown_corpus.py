@@ -5,6 +5,7 @@ are held out.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -18,12 +19,20 @@ from deepzoo.recipes.parts.countdown import (
     combined,
     formula,
     held_out,
+    leaks,
     leaves,
     problems,
     prompt,
     read,
 )
-from deepzoo.recipes.parts.countdown_traces import concluded, ended, search
+from deepzoo.recipes.parts.countdown_traces import (
+    concluded,
+    ended,
+    equation,
+    looked_up,
+    search,
+    tried,
+)
 from deepzoo.recipes.parts.rewards import THINK
 
 UNREADABLE, WHAT = "Cannot read this.", "What is "
@@ -50,7 +59,7 @@ def careless(*seed: int) -> Iterator[Text]:
         last = int(rng.geometric(hazard))
         order = rng.permutation(3).tolist()
         lines = list(itertools.islice(search(target, numbers, order, named=False), last))
-        thought, said = concluded(lines)
+        thought, said = concluded(lines, named=False)
         bare = "\n".join([f"{THINK}", *thought, f"So {said}."])
         yield Text(prompt(target, numbers), bare if rng.random() < BARE else ended(thought, said))
 
@@ -87,6 +96,38 @@ def plain(*seed: int) -> Iterator[Text]:
             yield Text("", evaluation(node))
 
 
+def lookups(*seed: int) -> Iterator[Text]:
+    """Endless lines of a search's begin, and where their results come from, without a chat:
+
+        2, 16: 18 14 32
+        10, 16: 26 6 over
+        6 = 16 - 10
+        18 = 2 + 16
+        32 = 2 * 16
+        12 = 18 - 6
+        18 = 2 + 16
+        6 = 16 - 10
+        12 = (2 + 16) - (16 - 10)
+
+    A search asks for that in every line, but careless ones do not show it, and a small model needs
+    to see it often."""
+    rng = np.random.default_rng([*seed, 4])
+    while True:
+        pairs = rng.integers(1, LARGEST + 1, (int(rng.integers(2, 5)), 2)).tolist()
+        lines, results = zip(*(tried(-1, Node(a), [Node(b)]) for a, b in pairs), strict=True)
+        found = [n for made in results for n in made if 0 < n.value <= LIMIT]
+        seen = Counter(n.value for n in found)
+        clear = [n for n in found if seen[n.value] == 1]
+        if len(clear) < 2:
+            continue
+        shown = [clear[i] for i in rng.permutation(len(clear))]
+        node = combined(*shown[:2])[int(rng.integers(3))]
+        if node.value <= LIMIT and not leaks(leaves(node)):
+            rng.shuffle(shown)
+            texts = [*(line.text for line in lines), *map(equation, shown)]
+            yield Text("", "\n".join([*texts, *looked_up(node), equation(node)]))
+
+
 def _any(rng: np.random.Generator, numbers: int) -> Node:
     """A random way to a value from 0 to 99."""
     while True:
@@ -119,8 +160,10 @@ def _worked_out(node: Node) -> Node:
 
 
 def corpus(*seed: int) -> Iterator[Text]:
-    """What a base model is trained on: careless searches, other requests, equations."""
+    """All of these."""
     rng = np.random.default_rng([*seed, 3])
-    streams = [careless(*seed), (Text(q, reply(q)) for q in general(*seed)), plain(*seed)]
+    streams = [
+        careless(*seed), (Text(q, reply(q)) for q in general(*seed)), plain(*seed), lookups(*seed)
+    ]  # fmt: skip
     while True:
-        yield next(streams[int(rng.choice(3, p=(0.8, 0.08, 0.12)))])
+        yield next(streams[int(rng.choice(4, p=(0.74, 0.08, 0.06, 0.12)))])

@@ -12,6 +12,17 @@ order is that of the problem, so that no line comes twice, and a complete search
 12 lines. Of four numbers, chains such as ((a + b) * c) - d are followed only where the last number
 fits. `over` stands for what exceeds 99; a result of 0, or one that was there, is not followed.
 
+Where two pairs make the target, what the answer needs is looked up line by line, for a small model
+does not find two values' origins at once:
+
+    2, 16: 18 14 32
+    10, 16: 26 6 over
+    18 = 2 + 16, 10: 28 8 over; 16: 34 2 over; 26: 44 8 over; 6: 24 12 yes
+    12 = 18 - 6
+    18 = 2 + 16
+    6 = 16 - 10
+    12 = (2 + 16) - (16 - 10)
+
 Careless searches, which a base model learns, leave out where a value comes from (`2, 9: 11 7 18`).
 A small model that has to look it up in the end often takes another of the same value.
 """
@@ -71,13 +82,13 @@ def _of_division(target: int, *sides: list[Node]) -> Iterator[Line]:
     for side in sides:
         made.append([])
         if len(side) == 2:
-            line, results = _line(target, side[0], side[1:])
+            line, results = tried(target, side[0], side[1:])
             yield line
             made[-1] = _followed(results)
     for this, other in ((0, 1), (1, 0)):
         for node in made[this]:
             partners = sides[other] + (made[other] if this == 0 else [])
-            line, results = _line(target, node, partners)
+            line, results = tried(target, node, partners)
             yield line
             if len(sides[other]) == 2:
                 found = results[: 3 * len(_once(sides[other]))]
@@ -93,9 +104,9 @@ def _divided(numbers: Sequence[int]) -> list[tuple[list[Node], list[Node]]]:
     return [([a, b], [c, d]), ([a, c], [b, d]), ([a, d], [b, c])]
 
 
-def _line(target: int, node: Node, partners: Sequence[Node]) -> tuple[Line, list[Node]]:
-    """`node` with each of the partners, and all results."""
-    text, results = f"{_made(node)},", []
+def tried(target: int, node: Node, partners: Sequence[Node]) -> tuple[Line, list[Node]]:
+    """`2, 9: 11 7 18`: a node with each of the partners until the target is found; all results."""
+    text, results = f"{equation(node)},", []
     for partner in _once(partners):
         text += f"{';' if results else ''} {partner.value}:"
         for made in combined(node, partner):
@@ -119,7 +130,7 @@ def _once(nodes: Sequence[Node]) -> list[Node]:
     return list(found.values())
 
 
-def _made(node: Node) -> str:
+def equation(node: Node) -> str:
     """`18 = (6 - 4) * 9`: a value and where it comes from, if it is not given."""
     return f"{node.value} = {formula(node)}" if node.operator else str(node.value)
 
@@ -130,7 +141,7 @@ def _last(target: int, results: Sequence[Node], others: Sequence[Node]) -> Itera
     for index, node in enumerate(results):
         left = others[1 - index // 3]
         if 0 < node.value <= LIMIT and target in [n.value for n in combined(node, left)]:
-            yield _line(target, node, [left])[0]
+            yield tried(target, node, [left])[0]
 
 
 def ended(lines: Sequence[str], said: str) -> str:
@@ -145,12 +156,21 @@ def solution(question: str) -> str:
     return ended(*concluded(lines))
 
 
-def concluded(lines: Sequence[Line]) -> tuple[list[str], str]:
-    """Lines of a thought, and the answer that they lead to."""
+def concluded(lines: Sequence[Line], *, named: bool = True) -> tuple[list[str], str]:
+    """Lines of a thought, and the answer that they lead to. named: as for `search`."""
     texts, found = [line.text for line in lines], lines[-1].found
     if found is None:
         return [*texts, GIVE_UP], NONE
-    return [*texts, _made(found)], formula(found)
+    if named and all(n is not None and n.operator for n in (found.left, found.right)):
+        texts += looked_up(found)
+    return [*texts, equation(found)], formula(found)
+
+
+def looked_up(node: Node) -> list[str]:
+    """`12 = 18 - 6`, `18 = 2 + 16`, `6 = 16 - 10`: a value from values, and each from others."""
+    assert node.left is not None and node.right is not None
+    bare = node._replace(left=Node(node.left.value), right=Node(node.right.value))
+    return list(dict.fromkeys(map(equation, (bare, node.left, node.right))))
 
 
 _LINE = re.compile(rf"([0-9]+){_FROM}?, (.+?)(?: yes)?", re.ASCII)

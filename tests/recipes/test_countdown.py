@@ -183,6 +183,13 @@ def test_every_search_is_right_complete_and_without_repeats(numbers):
         form = re.fullmatch(r"<think>\n(.+)\n</think>\n<answer>(.+)</answer>", text, re.DOTALL)
         assert form is not None
         *lines, last = form[1].split("\n")
+        end = next((i + 1 for i, line in enumerate(lines) if line.endswith(" yes")), len(lines))
+        lines, looked_up = lines[:end], lines[end:]
+        for equation in looked_up:
+            result, source = equation.split(" = ")
+            assert value(source) == int(result)
+        pairs = bool(re.search(r"\d\) . \(\d", last))
+        assert len(looked_up) in ((2, 3) if pairs else (0,))  # 2 of one pair with itself
         assert len(set(lines)) == len(lines)
         for line in lines:
             origin, _, rest = line.partition(", ")
@@ -205,7 +212,7 @@ def test_every_search_is_right_complete_and_without_repeats(numbers):
         assert value(form[2]) == target
         used = Counter(int(n) for n in re.findall("[0-9]+", form[2]))
         assert used <= Counter(given)
-        assert last == f"{target} = {form[2]}"
+        assert last.startswith(f"{target} = ") and last.endswith(f" = {form[2]}")
     assert 20 < gave_up < 100
     assert longest <= {3: 160, 4: LENGTH - 20}[numbers]
 
@@ -233,6 +240,29 @@ def test_careless_searches_are_right_now_and_then():
     assert texts == list(itertools.islice(countdown_corpus.careless(0), 2000))
     right = [countdown.is_right(t.prompt, t.completion) for t in texts if t.prompt.count(",") == 2]
     assert 0.2 < sum(right) / len(right) < 0.4
+
+
+def test_what_is_looked_up_is_right_and_stands_above_once():
+    searched = re.compile(r"[0-9]+, [0-9]+: ([0-9]+) ([0-9]+) ([0-9]+|over)")
+    for text in itertools.islice(countdown_corpus.lookups(0), 1000):
+        lines = text.completion.split("\n")
+        above = [match for line in lines if (match := searched.fullmatch(line))]
+        results = [int(n) for match in above for n in match.groups() if n != "over"]
+        right, total = countdown_traces.steps_right("\n".join(lines[: len(above)]))
+        assert right == total == 3 * len(above)
+        for line in lines[len(above) :]:
+            result, source = line.split(" = ")
+            assert value(source) == int(result)
+        last = lines[-1]
+        pairs = re.findall(r"\((.+?)\)", last)
+        origins = [f"{value(pair)} = {pair}" for pair in pairs]
+        bare = re.sub(r"\((.+?)\)", lambda pair: str(value(pair[1])), last)
+        ends = list(dict.fromkeys([bare, *origins]))  # 2 where a value comes from itself, times 1
+        shown = lines[len(above) : -1 - len(ends)]
+        assert lines[-1 - len(ends) : -1] == ends
+        assert set(origins) <= set(shown)
+        once = {n for n in results if n and results.count(n) == 1}
+        assert sorted(int(line.split(" = ")[0]) for line in shown) == sorted(once)
 
 
 def test_the_tokenizer_gives_texts_back_and_has_a_token_for_each_word():
