@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from deepzoo.zoo.cli import usage
+from deepzoo.zoo.cli.interrupt import is_interrupt
 from deepzoo.zoo.errors import DeepzooError
 
 COMMANDS = {
@@ -62,6 +63,8 @@ def guarded(call: Callable[[], int]) -> int:
         named = f"{error.filename}: " if error.filename is not None else ""
         return _fail(f"{named}{error.strerror or error}", 2)
     except Exception as error:
+        if is_interrupt(error):
+            return _fail("interrupted", 130)
         text = str(error).strip().split("\n")[0]
         what = f"{type(error).__name__}{': ' if text else ''}{text}"
         return _fail(f"unexpected {what} ({TRACEBACK}=1 shows where)", 1)

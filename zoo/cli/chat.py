@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from deepzoo.zoo.cli import display, options
+from deepzoo.zoo.cli.interrupt import Held, is_interrupt
 from deepzoo.zoo.errors import DeepzooError, RequestError
 
 if TYPE_CHECKING:
@@ -214,17 +215,22 @@ class Talk:
         stopped = False
         screen = None
         try:
-            with display.waiting("preparing"):
-                source = stream(self.model, prompt, statistics=statistics, **chosen)
-                pieces.append(next(source, ""))
-            screen = display.Screen(sys.stdout, thought)
-            screen.push(pieces[0])
-            for piece in source:
-                pieces.append(piece)
-                screen.push(piece)
-        except KeyboardInterrupt:
-            if not self.interactive or not any(pieces):
+            with Held() as held:
+                with display.waiting("preparing"):
+                    source = stream(self.model, prompt, statistics=statistics, **chosen)
+                    pieces.append(next(source, ""))
+                screen = display.Screen(sys.stdout, thought)
+                screen.push(pieces[0])
+                held.check()
+                for piece in source:
+                    pieces.append(piece)
+                    screen.push(piece)
+                    held.check()
+        except (KeyboardInterrupt, SystemError) as error:
+            if not is_interrupt(error):
                 raise
+            if not self.interactive or not any(pieces):
+                raise KeyboardInterrupt from None
             stopped = True
         finally:
             if screen is not None:
