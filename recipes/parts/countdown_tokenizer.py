@@ -9,6 +9,7 @@ import json
 
 from deepzoo.recipes.parts.countdown import LIMIT, NONE
 from deepzoo.recipes.parts.rewards import ANSWER, ANSWER_END, THINK, THINK_END
+from deepzoo.recipes.parts.word_tokenizer import special_tokens, starts_with
 from deepzoo.zoo.chat_formats import ASSISTANT, BOS, EOS, USER
 
 PAD, UNKNOWN = "<pad>", "[UNK]"
@@ -32,10 +33,9 @@ def tokenizer_files() -> dict[str, bytes]:
     words = [*CONTROL, UNKNOWN, *MARKS, *WORDS, NONE, *map(str, range(LIMIT + 1))]
     assert len(words) == len(set(words)) <= VOCABULARY
     vocab = {word: index for index, word in enumerate(words)}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special = [{"id": vocab[w], "content": w, **flags, "special": True} for w in CONTROL]
     tree = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special,
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": special_tokens(CONTROL, vocab),
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
@@ -44,7 +44,7 @@ def tokenizer_files() -> dict[str, bytes]:
                 _split(f"{ANSWER}|{ANSWER_END}|[A-Za-z]+|[0-9]+|[^A-Za-z0-9]", "Isolated"),
             ],
         },
-        "post_processor": None,
+        "post_processor": starts_with(BOS, vocab),
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "WordPiece", "prefix": "##", "cleanup": True},  # a space before each token
             {"type": "Fuse"},

@@ -22,6 +22,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from deepzoo.recipes.parts.word_tokenizer import special_tokens, starts_with
+
 LIMIT = 999  # every number in a problem and in its steps
 OPERATORS = ("+", "-", "*", "=")
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
@@ -205,8 +207,6 @@ def tokenizer_files(limit: int = LIMIT) -> dict[str, bytes]:
     """
     words = [PAD, BOS, EOS, *OPERATORS, *map(str, range(limit + 1))]
     vocab = {word: index for index, word in enumerate(words)}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special = [{"id": vocab[w], "content": w, **flags, "special": True} for w in (PAD, BOS, EOS)]
     split = {
         "type": "Split",
         "pattern": {"Regex": "[0-9]+|[^0-9]"},
@@ -214,12 +214,13 @@ def tokenizer_files(limit: int = LIMIT) -> dict[str, bytes]:
         "invert": False,
     }
     tree = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special,
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": special_tokens((PAD, BOS, EOS), vocab),
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, split],
         },
-        "post_processor": None, "decoder": None,
+        "post_processor": starts_with(BOS, vocab), "decoder": None,
         # No such token: the library then refuses a word that is not in the vocabulary.
         "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
     }  # fmt: skip

@@ -51,7 +51,9 @@ STUDENT = pretrain.PRESETS["student_nano"].config
 LARGER = dataclasses.replace(
     STUDENT, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6,
 )  # fmt: skip
-GRPO = {"answers": 8, "max_tokens": 64, "rate": 1e-4, "betas": (0.9, 0.95)}
+# A rate at which nothing is learned: what the two sides would learn from noise moves the lengths of
+# their answers apart, and with them the work.
+GRPO = {"answers": 8, "max_tokens": 64, "rate": 1e-9, "betas": (0.9, 0.95)}
 
 
 class Process:

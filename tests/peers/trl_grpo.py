@@ -19,7 +19,7 @@ def main() -> None:
     import torch
     import transformers
     import trl
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
     directory, threads, settings = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
     torch.set_num_threads(threads)
@@ -27,7 +27,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     imported = wire.memory()["resident"]
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    # AutoTokenizer takes Qwen's own rules for every `qwen2`, whatever `tokenizer.json` says.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
     spent, told, requests = [], {}, channel.requests()
 
     class Trainer(trl.GRPOTrainer):

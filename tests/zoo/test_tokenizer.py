@@ -135,6 +135,20 @@ def test_no_bos_is_added_and_a_prompt_has_one() -> None:
     assert _made(TREE, SETTINGS | {"add_bos_token": False}).encode_prompt("x") == made.encode("x")
 
 
+SHIPPED = [name for name in catalog.models() if catalog.shipped_directory(name)]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_other_programs_read_a_shipped_tokenizer_alike(name: str) -> None:
+    directory = catalog.shipped_directory(name)
+    assert directory is not None
+    ours = Tokenizer.load(directory)
+    theirs = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    for text in ("", "12 + 7 * 3 =" if name.startswith("v2") else "Make 24 from 4,6,9."):
+        assert theirs.encode(text).ids == ours.encode_prompt(text)
+        assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text)
+
+
 @pytest.mark.parametrize("text", [None, b"x", 3])
 def test_encode_refuses_what_is_no_text(text: Any) -> None:
     with pytest.raises(RequestError, match="must be a string"):
