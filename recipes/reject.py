@@ -59,6 +59,8 @@ class Recipe:
     behind it."""
     language: float = 0.0
     """Keep only answers of which at least this share is in the target language."""
+    sound: float = 0.0
+    """Keep only answers of whose steps at least this share is right, where a task checks steps."""
     repeated: float = 0.5
     """Keep only answers of which at most this share of the lines has stood there before."""
     paragraph: int = 0
@@ -170,6 +172,7 @@ def fault(recipe: Recipe, answer: Answer) -> str:
         "wrong": not answer.right,
         "another form": recipe.form and verdict.get("format") != 1.0,
         "other languages": language is not None and language < recipe.language,
+        "wrong steps": verdict.get("sound", 1.0) < recipe.sound,
         "repeated lines": rewards.repeated(text) > recipe.repeated,
         "a long paragraph": bool(recipe.paragraph) and paragraph > recipe.paragraph,
         "code in the thought": not recipe.code and "```" in thought,

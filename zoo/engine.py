@@ -1,13 +1,15 @@
 """Generation on token ids: prefill in buckets, decode in a loop on the device, rows refilled as
 they end.
 
-Shapes do not depend on lengths, so a process compiles the decode loop once for a batch size and
-capacity, and the prefill once for a few bucket sizes. Finished rows leave and waiting requests
-take their place; each row keeps its own seed, so its tokens do not depend on its neighbours.
+Shapes do not depend on lengths, so a process compiles the decode loop once for a few batch sizes
+and a capacity, and the prefill once for a few bucket sizes. Finished rows leave and waiting
+requests take their place; each row keeps its own seed, so its tokens do not depend on its
+neighbours.
 B rows (slots)  T prompt bucket  S capacity  V vocabulary  N loop steps
 """
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -27,6 +29,10 @@ from deepzoo.zoo.sample import DRAFT, Sampling, choose, draw, log_distribution, 
 
 SMALLEST_BUCKET = 16
 PREFILL_CHUNK = 512  # longer prompts go through in pieces, so that attention scores stay small
+# When nobody waits and a quarter of the rows is left, they go on alone: a step costs what it has
+# rows, and the longest answers are several times as long as most. Not below this many, where
+# another program costs more than it saves.
+FEWEST_ROWS = 16
 
 
 class Request(NamedTuple):
@@ -132,6 +138,12 @@ class Engine:
         self.eos = jnp.asarray(sorted(set(eos_ids)) or [-1], jnp.int32)
         self.speculative = speculative
         self.drafted = self.accepted = 0
+        self.slots = slots
+        self._empty()
+
+    def _empty(self) -> None:
+        """All rows, none of them taken."""
+        config, slots, speculative = self.config, self.slots, self.speculative
         # A row that is done stands one token before its end at most, and is still written to; the
         # draft behind it would be the only one outside.
         spare = 1 if speculative else 0
@@ -145,7 +157,7 @@ class Engine:
         logp = jnp.zeros((slots, config.vocab_size), real)
         self.state = State(
             cache=empty_cache(
-                config, slots, capacity + spare, stacked=False, dtype=_dtype(self.params)
+                config, slots, self.capacity + spare, stacked=False, dtype=_dtype(self.params)
             ),
             token=rows(),
             step=rows(),
@@ -155,6 +167,19 @@ class Engine:
             drafts=Drafts(rows(), logp) if speculative else None,
         )
         self.owner: list[int | None] = [None] * slots
+
+    def _shrink(self) -> None:
+        """Leaves out rows that have ended, if few are left."""
+        taken = [row for row, owner in enumerate(self.owner) if owner is not None]
+        size = len(self.owner)
+        while size // 4 >= max(FEWEST_ROWS, len(taken)):
+            size //= 4
+        if size == len(self.owner):
+            return
+        ended = (row for row, owner in enumerate(self.owner) if owner is None)
+        rows = [*taken, *itertools.islice(ended, size - len(taken))]
+        self.state = _of_rows(self.state, jnp.asarray(rows, jnp.int32))
+        self.owner = [self.owner[row] for row in rows]
 
     def run(self, requests: Iterable[Request], *, chunk: int = 32) -> Iterator[Event]:
         """Generates for all requests; events come as tokens do, in no order between requests.
@@ -169,6 +194,8 @@ class Engine:
         waiting = deque(enumerate(requests))
         for _, request in waiting:
             self._check(request)
+        if len(self.owner) < self.slots:  # a run before this one has left few
+            self._empty()
         while waiting or any(o is not None for o in self.owner):
             free = [row for row, owner in enumerate(self.owner) if owner is None]
             if waiting and free:
@@ -178,6 +205,8 @@ class Engine:
                 # together.
                 rows = len(self.owner)
                 yield from self._decode(chunk, max(1, rows // 4) if waiting else rows)
+                if not waiting:
+                    self._shrink()
 
     def release(self, index: int) -> None:
         """Ends a request early (a stop string was seen); its row becomes free."""
@@ -259,6 +288,11 @@ class Engine:
             finish = "eos" if tokens and tokens[-1] in np.asarray(self.eos) else "length"
             self.owner[row] = None
         return Event(index, tokens, logprobs, finish)
+
+
+@jax.jit
+def _of_rows(state: State, rows: jax.Array) -> State:
+    return jax.tree.map(lambda a: a[rows], state)
 
 
 def _dtype(params: Params) -> Any:

@@ -10,7 +10,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 256
+# Entries of a block, in a short cache and in a long one: each row reads whole blocks up to the
+# longest row's end, so that a short cache wants small ones; a long one wants fewer turns.
+_SHORT, _LONG = 128, 256
 
 
 def attend_blocks(
@@ -46,7 +48,8 @@ def attend_blocks(
     """
     batch, queries, heads, width = shape
     # Whole pages to a block; not more of them than there are.
-    block = min(max(_BLOCK // page_size, 1) * page_size, capacity)
+    aim = _SHORT if capacity <= 4 * _LONG else _LONG
+    block = min(max(aim // page_size, 1) * page_size, capacity)
     row_end = lengths.max(axis=1)
 
     def step(index, carry):

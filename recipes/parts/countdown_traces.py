@@ -35,9 +35,11 @@ from deepzoo.recipes.parts.countdown import (
     LIMIT,
     NONE,
     Node,
+    Unreadable,
     combined,
     formula,
     parse,
+    read,
 )
 from deepzoo.recipes.parts.rewards import ANSWER, ANSWER_END, THINK, THINK_END
 
@@ -188,6 +190,23 @@ def steps_right(text: str) -> tuple[int, int]:
             right += sum(a == b for a, b in zip(said, wanted, strict=False))
             total += len(said)
     return right, total
+
+
+_STATED = re.compile(rf"([0-9]+)({_FROM})", re.ASCII)
+
+
+def sound(text: str) -> float:
+    """Share of what the lines of a thought state that is so: results, and where values come from. 1
+    where nothing is stated."""
+    thought = text.partition(THINK_END)[0].removeprefix(THINK)
+    right, total = steps_right(thought)
+    for value, origin in _STATED.findall(thought):
+        total += 1
+        try:
+            right += str(read(origin.removeprefix(" = ")).value) == value
+        except Unreadable:  # a result beyond the limit, among others
+            pass
+    return right / total if total else 1.0
 
 
 _READABLE = re.compile(

@@ -152,8 +152,8 @@ def _countdown(sizes: tuple[int, ...], unsolvable: float | None) -> Task:
     def judge(problem: Problem, text: str, finished: bool) -> Verdict:
         right = finished and countdown.is_right(problem.prompt, text)
         form = finished and countdown.said(text) is not None
-        readable = traces.readable(text)
-        return {"accuracy": float(right), "format": float(form), "language": readable}
+        lines = {"language": traces.readable(text), "sound": traces.sound(text)}
+        return {"accuracy": float(right), "format": float(form), **lines}
 
     def solution(problem: Problem) -> str:
         return traces.solution(problem.prompt)

@@ -119,7 +119,7 @@ def test_the_form_is_part_of_an_answer(text):
     judged = task("countdown").judge(
         next(problem)._replace(prompt=ASKED, answer="4 * 6"), text, True
     )
-    assert judged == {"accuracy": 0.0, "format": 0.0, "language": 0.0}
+    assert judged == {"accuracy": 0.0, "format": 0.0, "language": 0.0, "sound": 1.0}
 
 
 def test_an_answer_that_was_cut_off_is_wrong():
@@ -129,7 +129,7 @@ def test_an_answer_that_was_cut_off_is_wrong():
         ("4 * 6", True, 1.0, 1.0), ("4 * 6", False, 0.0, 0.0), ("4 + 6", True, 0.0, 1.0),
     ):  # fmt: skip
         verdict = judge(problem, said(answer), finished)
-        assert verdict == {"accuracy": accuracy, "format": form, "language": 0.0}
+        assert verdict == {"accuracy": accuracy, "format": form, "language": 0.0, "sound": 1.0}
 
 
 def test_readable_lines_are_counted_once():
@@ -233,6 +233,25 @@ def test_solutions_pass_their_own_verifier_and_problems_depend_on_the_seed_alone
 def test_right_steps_are_counted():
     assert countdown_traces.steps_right("4, 6: 10 2 24 yes\n10, 9: 18 1 90; 2: 12") == (6, 7)
     assert countdown_traces.steps_right("4, 60: 64 56 over\n4 , 6: 1") == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("thought", "share"),
+    [
+        ("4, 6: 10 2 24\n24 = 4 * 6, 9: 33 15 over", 1.0),
+        ("4, 6: 10 2 25", 2 / 3),
+        ("24 = 4 * 7, 9: 33 15 over", 3 / 4),
+        ("8 = 8 - 1, 9: 17 1 72 yes", 3 / 4),
+        ("12 = (19 - 15) * 3, 9: 21 3 over", 1.0),
+        ("12 = (19 - 15) * 4", 0.0),
+        ("100 = 50 + 50", 0.0),  # beyond the limit
+        ("Give up.", 1.0),
+        ("", 1.0),
+    ],
+)
+def test_what_a_thought_states_is_checked(thought, share):
+    text = f"<think>{thought}\n</think>\n<answer>1 = 2 + 5</answer>"
+    assert countdown_traces.sound(text) == share
 
 
 def test_careless_searches_are_right_now_and_then():

@@ -52,8 +52,8 @@ def answer(text="<think>so</think><answer>2</answer>", **changes):
 
 
 STRICT = dataclasses.replace(
-    PRESETS["nano"], form=True, language=0.9, repeated=0.2, paragraph=100, code=False, shortest=5,
-    longest=50,
+    PRESETS["nano"], form=True, language=0.9, sound=0.9, repeated=0.2, paragraph=100, code=False,
+    shortest=5, longest=50,
 )  # fmt: skip
 
 
@@ -66,6 +66,8 @@ STRICT = dataclasses.replace(
         (answer(verdict={"accuracy": 0.0}), "wrong"),
         (answer(verdict={"format": 0.0}), "another form"),
         (answer(verdict={"language": 0.8}), "other languages"),
+        (answer(verdict={"sound": 0.8}), "wrong steps"),
+        (answer(verdict={"sound": 1.0}), ""),
         (answer("the same line again\n" * 4), "repeated lines"),
         (answer("x" * 101), "a long paragraph"),
         (answer("x" * 80 + "\n\n" + "y" * 80), ""),

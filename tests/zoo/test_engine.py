@@ -45,6 +45,24 @@ def collect(requests, *, slots, chunk=8, **options):
     return [[d[i] for i in range(len(requests))] for d in (tokens, logprobs, finish)]
 
 
+@pytest.mark.parametrize("speculative", [False, True])
+def test_the_longest_answers_go_on_alone(speculative):
+    """Whose rows are left, and what they say, is as if nobody else had been there."""
+    requests = [
+        Request(PROMPTS[n % 5], 30 if n % 17 == 3 else 3, temperature=1.0, seed=n)
+        for n in range(64)
+    ]
+    engine = Engine(CONFIG, PARAMS, slots=64, capacity=64, speculative=speculative)
+    for _ in range(2):  # the second run begins with all rows again
+        tokens = {n: [] for n in range(64)}
+        for event in engine.run(requests, chunk=8):
+            tokens[event.request] += event.tokens
+        assert len(engine.owner) == 16
+        alone = collect(requests, slots=4, speculative=speculative)[0]
+        assert [tokens[n] for n in range(64)] == alone
+    assert len(tokens[3]) == 30
+
+
 @pytest.fixture(scope="module")
 def expected():
     """Greedy continuations, an argmax at a time."""
