@@ -84,6 +84,9 @@ class Recipe:
     """Problems of all stages and their verifier, see recipes/parts/problems.py."""
     data: str = ""
     """File or folder of problems, for task jsonl."""
+    zero_task: str = ""
+    """Problems of R1-Zero, where they are not those of `task`: a base that solves few of those, and
+    is also rewarded for giving up where that is right, learns to give up. Empty: as `task`."""
     general: str = "countdown-general"
     """What is mixed into the second fine-tuning: a task whose solutions can be written, or a file
     of prompts with completions; empty for nothing."""
@@ -158,7 +161,7 @@ PRESETS = {
     "nano": Recipe(
         evaluated=("countdown", "countdown-4", "countdown-unsolvable"), turns=0.2,
         pretraining=pretrain.PRESETS["r1_nano"],
-        zero=dataclasses.replace(_RL, steps=80, rate=4e-4),
+        zero_task="countdown", zero=dataclasses.replace(_RL, steps=60),
         cold_start=_SFT,
         rl_1=_RL_MORE,
         rejection=_open(
@@ -282,7 +285,9 @@ def plan(recipe: Recipe, out: Path) -> list[Stage]:
         base = add("base", "Base", None, recipe.base)
     else:
         base = add("base", "Base", pretrain.train, filled("pretraining"))
-    settings = filled("zero", model=base, **problems)
+    own = recipe.zero_task or recipe.task
+    data = recipe.data if own == recipe.task else ""
+    settings = filled("zero", model=base, task=own, data=data)
     add("zero", "R1-Zero: RL alone", grpo.train, settings)
     settings = filled("cold_start", model=base, **({} if recipe.cold_start.data else written))
     model = add("cold-start", "Dev1: base, cold start", sft.train, settings)
@@ -313,7 +318,8 @@ def plan(recipe: Recipe, out: Path) -> list[Stage]:
 
 # Fields of the recipe that a stage is the first to depend on, where it is not its name alone.
 _FIELDS = {
-    "base": ("base", "pretraining"), "mixture": ("general", "share", "turns"),
+    "base": ("base", "pretraining"), "zero": ("zero", "zero_task"),
+    "mixture": ("general", "share", "turns"),
     "student-base": ("student", "student_base"), "distillation": ("distillation", "distilled"),
 }  # fmt: skip
 

@@ -53,6 +53,20 @@ def test_the_stages_in_their_order(name):
     assert len(set(seeds)) == len(seeds)
 
 
+@pytest.mark.parametrize(
+    ("own", "task", "data"),
+    [("", "jsonl", "f.jsonl"), ("jsonl", "jsonl", "f.jsonl"), ("countdown", "countdown", "")],
+)
+def test_r1_zero_may_have_problems_of_its_own(own, task, data):
+    recipe = dataclasses.replace(PRESETS["nano"], task="jsonl", data="f.jsonl", zero_task=own)
+    recipe = dataclasses.replace(
+        recipe, cold_start=dataclasses.replace(recipe.cold_start, data="c")
+    )
+    stages = {s.name: s.settings for s in plan(recipe, Path("out"))}
+    assert (stages["zero"].task, stages["zero"].data) == (task, data)
+    assert (stages["rl-1"].task, stages["rl-1"].data) == ("jsonl", "f.jsonl")
+
+
 def test_the_paper_has_the_papers_settings():
     stages = {s.name: s.settings for s in plan(PRESETS["paper"], Path("out"))}
     blank = {"model": "", "data": "", "seed": 0}
@@ -179,7 +193,7 @@ def small(folder, nano=PRESETS["nano"]):
             kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
             moe_intermediate_size=16, n_routed_experts=4,
         ),
-        zero=rl, cold_start=few, rl_1=rl, rejection=rejection,
+        zero_task="", zero=rl, cold_start=few, rl_1=rl, rejection=rejection,
         fine_tuning=dataclasses.replace(few, data="", mtp=0.1), rl_2=rl,
         student_base=pretraining(
             nano.student_base, num_hidden_layers=1, num_key_value_heads=1
