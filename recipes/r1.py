@@ -165,8 +165,8 @@ PRESETS = {
         cold_start=_SFT,
         rl_1=_RL_MORE,
         rejection=_open(
-            reject.PRESETS["nano"], prompts=24000, answers=1, max_tokens=552, per_problem=1,
-            form=True, sound=1.0, repeated=0.0, at_once=512, slots=128,
+            reject.PRESETS["nano"], prompts=20000, answers=1, max_tokens=552, per_problem=1,
+            form=True, repeated=0.0, at_once=512, slots=128,
         ),
         fine_tuning=dataclasses.replace(_SFT, epochs=2, mtp=0.1),
         rl_2=_RL_MORE,
