@@ -161,7 +161,7 @@ PRESETS = {
     "nano": Recipe(
         evaluated=("countdown", "countdown-4", "countdown-unsolvable"), turns=0.2,
         pretraining=pretrain.PRESETS["r1_nano"],
-        zero_task="countdown", zero=dataclasses.replace(_RL, steps=60),
+        zero_task="countdown", zero=dataclasses.replace(_RL, steps=120),
         cold_start=_SFT,
         rl_1=_RL_MORE,
         rejection=_open(
