@@ -168,7 +168,7 @@ PRESETS = {
             reject.PRESETS["nano"], prompts=20000, answers=1, max_tokens=552, per_problem=1,
             form=True, repeated=0.0, at_once=512, slots=128,
         ),
-        fine_tuning=dataclasses.replace(_SFT, epochs=2, rate=2e-3, mtp=0.1),
+        fine_tuning=dataclasses.replace(_SFT, epochs=2, mtp=0.1),
         rl_2=_RL_MORE,
         student_base=pretrain.PRESETS["student_nano"],
         distillation=_open(
