@@ -165,14 +165,14 @@ def fault(recipe: Recipe, answer: Answer) -> str:
     verdict, text = answer.verdict, answer.text
     thought, _, _ = text.partition(rewards.THINK_END)
     paragraph = max(map(len, text.split("\n\n")))
-    language = verdict.get("language")
+    language, sound = verdict.get("language"), verdict.get("sound")
     tests = {
         "without verdict": None in verdict.values(),
         "cut off": not answer.finished,
         "wrong": not answer.right,
         "another form": recipe.form and verdict.get("format") != 1.0,
         "other languages": language is not None and language < recipe.language,
-        "wrong steps": verdict.get("sound", 1.0) < recipe.sound,
+        "wrong steps": sound is not None and sound < recipe.sound,
         "repeated lines": rewards.repeated(text) > recipe.repeated,
         "a long paragraph": bool(recipe.paragraph) and paragraph > recipe.paragraph,
         "code in the thought": not recipe.code and "```" in thought,
