@@ -172,6 +172,8 @@ class Engine:
         """Leaves out rows that have ended, if few are left."""
         taken = [row for row, owner in enumerate(self.owner) if owner is not None]
         size = len(self.owner)
+        if not taken:
+            return
         while size // 4 >= max(FEWEST_ROWS, len(taken)):
             size //= 4
         if size == len(self.owner):
