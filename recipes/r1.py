@@ -85,8 +85,7 @@ class Recipe:
     data: str = ""
     """File or folder of problems, for task jsonl."""
     zero_task: str = ""
-    """Problems of R1-Zero, where they are not those of `task`: a base that solves few of those, and
-    is also rewarded for giving up where that is right, learns to give up. Empty: as `task`."""
+    """Problems of R1-Zero, such as easier ones; empty for those of `task`."""
     general: str = "countdown-general"
     """What is mixed into the second fine-tuning: a task whose solutions can be written, or a file
     of prompts with completions; empty for nothing."""
