@@ -30,6 +30,13 @@ def test_the_first_press_waits_for_the_check():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_press_behind_the_last_check_is_not_lost():
+    with pytest.raises(KeyboardInterrupt), Held() as held:
+        held.check()
+        press()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_the_second_press_does_not_wait():
     with pytest.raises(KeyboardInterrupt), Held():
         press()

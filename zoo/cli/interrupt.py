@@ -39,9 +39,11 @@ class Held:
             signal.signal(signal.SIGINT, self._note)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self._main:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if kind is None:  # a press behind the last check is not lost
+            self.check()
 
 
 def is_interrupt(error: BaseException) -> bool:
