@@ -50,6 +50,7 @@ from typing import Any, Literal
 from deepzoo import zoo
 from deepzoo.recipes import distill, evaluate, grpo, pretrain, reject, sft
 from deepzoo.recipes.parts import checkpoint, processes
+from deepzoo.recipes.parts import problems as tasks
 from deepzoo.recipes.parts.clock import Clock
 from deepzoo.recipes.parts.main import main
 from deepzoo.recipes.parts.mixture import Mixture, mix
@@ -333,6 +334,10 @@ def still_open(stages: Sequence[Stage]) -> set[str]:
 
 
 def _check(recipe: Recipe) -> None:
+    for name in ("task", "zero_task"):  # known now, not when its first stage comes
+        if (asked := getattr(recipe, name)) and asked not in tasks.NAMES:
+            flag = f"--{name.replace('_', '-')}"
+            raise RequestError(f"{flag} {asked}: expected one of {', '.join(tasks.NAMES)}")
     students = recipe.until in ("distillation", "student-rl")
     if recipe.task == "jsonl" and recipe.distilled == "answers" and students:
         raise RequestError("with task jsonl the student learns the mixture: --distilled mixture")

@@ -67,6 +67,14 @@ def test_r1_zero_may_have_problems_of_its_own(own, task, data):
     assert (stages["rl-1"].task, stages["rl-1"].data) == ("jsonl", "f.jsonl")
 
 
+@pytest.mark.parametrize("setting", ["task", "zero_task"])
+def test_a_task_that_does_not_exist_is_refused_before_anything_runs(setting):
+    recipe = dataclasses.replace(PRESETS["nano"], **{setting: "nonsense"})
+    flag = setting.replace("_", "-")
+    with pytest.raises(RequestError, match=f"--{flag} nonsense: expected one of arithmetic, "):
+        plan(recipe, Path("out"))
+
+
 def test_the_paper_has_the_papers_settings():
     stages = {s.name: s.settings for s in plan(PRESETS["paper"], Path("out"))}
     blank = {"model": "", "data": "", "seed": 0}
