@@ -67,7 +67,7 @@ def attend_blocks(
             entries = jax.lax.dynamic_slice_in_dim(pages, at, count, axis=1)
             held = (at + jnp.arange(count)) * page_size < row_end[:, None]
             # What the table says behind a row's end is nobody's promise: page 0 stands in.
-            part = a[jnp.where(held, entries, 0)]
+            part = jnp.asarray(a)[jnp.where(held, entries, 0)]  # NumPy takes no traced index
             return part.reshape(batch, block, *a.shape[2:])
 
         def cut_clean(a):
