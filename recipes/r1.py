@@ -147,7 +147,7 @@ _RL = _open(
 )  # fmt: skip
 _RL_MORE = dataclasses.replace(_RL, language=0.2, steps=12, max_tokens=552, rate=5e-5)
 _SFT = _open(  # a long search behind a conversation may be longer than a row
-    sft.PRESETS["nano"], samples=24000, epochs=1, length=576, overlong="drop", rate=1e-3,
+    sft.PRESETS["nano"], samples=24000, epochs=1, length=576, overlong="drop", rate=2e-3,
     held_out=0, sample_every=200,
 )  # fmt: skip
 _ZERO = _open(grpo.PRESETS["r1_zero"])
@@ -166,7 +166,7 @@ PRESETS = {
         rl_1=_RL_MORE,
         rejection=_open(
             reject.PRESETS["nano"], prompts=20000, answers=1, max_tokens=552, per_problem=1,
-            form=True, repeated=0.0, at_once=512, slots=128,
+            form=True, repeated=0.0, at_once=1024, slots=128,
         ),
         fine_tuning=dataclasses.replace(_SFT, epochs=2, mtp=0.1),
         rl_2=_RL_MORE,

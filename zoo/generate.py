@@ -242,11 +242,10 @@ def _plan(model: Model, prompts: Sequence[str | Messages], slots: int, options: 
 
 def _follow(plan: _Plan, *, chunk: int) -> Iterator[tuple[int, str]]:
     """Runs the engine and yields (row, new certain text)."""
-    ends = set(plan.engine.eos.tolist())
     for event in plan.engine.run(plan.requests, chunk=chunk):
         row = plan.rows[event.request]
         for token, logprob in zip(event.tokens, event.logprobs, strict=True):
-            if token in ends:
+            if token in plan.engine.ends:
                 row.tokens.append(token)
                 row.logprobs.append(logprob)
             elif not row.stopped:

@@ -1,14 +1,17 @@
 """Latent prefill attention in XLA, in chunks of queries: memory grows linearly with the sequence.
 
-The queries are cut into spans, each of which reads only the keys before its end; a span runs
-through its chunks in a loop that writes its results in place, so that one chunk's scores at a time
-are alive. Written for CPUs too, where a training step spends a good part of its time here: heads
-are batch dimensions of every product, and a chunk's scores fit a cache. The rope parts may be None,
-for grouped-query attention.
+A loop takes a chunk of queries at a time and writes its results in place, so that one chunk's
+scores are alive. It reads the last keys that the chunk can see, in one of a few widths: with
+packed segments those from the beginning of the first segment that reaches into the chunk, else all
+before its end. Written for CPUs too, where a training step spends a good part of its time here:
+heads are batch dimensions of every product, a chunk's scores fit a cache, and the two parts of a
+key lie side by side, so that there is one product where there would be two. The rope parts may be
+None, for grouped-query attention.
 B batch  T query  S key  H heads  N nope  R rope  V value
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,26 +26,24 @@ def forward(
 ):  # fmt: skip
     """(out, lse), see `api.mla_prefill`; `chunk` and `spans` are for tests."""
     del interpret
-    q_nope, q_rope, k_nope, v = (_heads_first(a) for a in (q_nope, q_rope, k_nope, v))
+    q, k, v = _joined(q_nope, q_rope, k_nope, k_rope, v)
+    walk = _Walk.of(q, k, q_segments, k_segments, q_offset, chunk, spans)
 
-    def rows(start, size, seen, carry):
-        nope, rope = (_rows(a, start, size) for a in (q_nope, q_rope))
-        score = _scores(nope, rope, k_nope[:, :, :seen], k_rope, scale)
-        score = jnp.where(
-            _visible(start, size, seen, q_offset, q_segments, k_segments), score, -jnp.inf
-        )
+    def rows(part: "_Part", carry):
+        score = _dot("bhtn,bhsn->bhts", part.queries(q), part.keys(k)) * scale
+        score = jnp.where(part.visible(), score, -jnp.inf)
         top = jnp.maximum(score.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
         weight = jnp.exp(score - top)
         total = weight.sum(axis=-1, keepdims=True)
         safe = jnp.where(total > 0, total, 1.0)
-        out = _dot("bhts,bhsv->bhtv", weight.astype(v.dtype), v[:, :, :seen]) / safe
+        out = _dot("bhts,bhsv->bhtv", weight.astype(v.dtype), part.keys(v)) / safe
         lse = jnp.where(total > 0, jnp.log(safe) + top, -jnp.inf)
-        return _put(carry, (out, lse), start)
+        return part.put(carry[0], out), part.put(carry[1], lse)
 
-    shape = q_nope.shape[:3]
+    shape = (*q.shape[:2], walk.padded)
     carry = (jnp.zeros((*shape, v.shape[-1]), v.dtype), jnp.zeros((*shape, 1), jnp.float32))
-    out, lse = _walk(rows, carry, shape[2], k_nope.shape[2], q_offset, chunk, spans)
-    return out.swapaxes(1, 2), lse[..., 0].swapaxes(1, 2)
+    out, lse = (a[:, :, : q.shape[2]].swapaxes(1, 2) for a in walk.run(rows, carry))
+    return out, lse[..., 0]
 
 
 def backward(
@@ -53,43 +54,31 @@ def backward(
     del interpret
     likes = (q_nope, q_rope, k_nope, k_rope, v)
     lse, delta = (a.swapaxes(1, 2)[..., None] for a in row_terms(out, lse, d_out, d_lse))
-    q_nope, q_rope, k_nope, v, d_out = (
-        _heads_first(a) for a in (q_nope, q_rope, k_nope, v, d_out.astype(v.dtype))
-    )
+    d_out = d_out.astype(v.dtype).swapaxes(1, 2)
+    q, k, v = _joined(q_nope, q_rope, k_nope, k_rope, v)
+    walk = _Walk.of(q, k, q_segments, k_segments, q_offset, chunk, spans)
 
-    def rows(start, size, seen, carry):
-        nope, rope, gradient, lses, deltas = (
-            _rows(a, start, size) for a in (q_nope, q_rope, d_out, lse, delta)
-        )
-        keys, values = k_nope[:, :, :seen], v[:, :, :seen]
-        score = _scores(nope, rope, keys, k_rope, scale)
-        seen_by = _visible(start, size, seen, q_offset, q_segments, k_segments)
-        weight = jnp.where(seen_by, jnp.exp(score - lses), 0.0)
-        d_weight = _dot("bhtv,bhsv->bhts", gradient, values)
-        d_score = (weight * (d_weight - deltas) * scale).astype(nope.dtype)
-        d_query = [_dot("bhts,bhsn->bhtn", d_score, keys)]
-        d_keys = [
-            _dot("bhts,bhtn->bhsn", d_score, nope),
-            _dot("bhts,bhtv->bhsv", weight.astype(v.dtype), gradient),
-        ]
-        if rope is not None:
-            d_query.append(_dot("bhts,bsr->bhtr", d_score, k_rope[:, :seen]))
-            d_keys.append(_dot("bhts,bhtr->bsr", d_score, rope))
-        to_query, to_keys = carry
-        return _put(to_query, d_query, start), tuple(map(_add_in_front, to_keys, d_keys))
+    def rows(part: "_Part", carry):
+        d_q, d_k, d_v = carry
+        queries, gradient, keys = part.queries(q), part.queries(d_out), part.keys(k)
+        score = _dot("bhtn,bhsn->bhts", queries, keys)
+        weight = jnp.where(part.visible(), jnp.exp(score * scale - part.queries(lse)), 0.0)
+        d_weight = _dot("bhtv,bhsv->bhts", gradient, part.keys(v))
+        d_score = (weight * (d_weight - part.queries(delta)) * scale).astype(q.dtype)
+        weight = weight.astype(v.dtype)
+        d_q = part.put(d_q, _dot("bhts,bhsn->bhtn", d_score, keys))
+        d_k = part.add(d_k, _dot("bhts,bhtn->bhsn", d_score, queries))
+        d_v = part.add(d_v, _dot("bhts,bhtv->bhsv", weight, gradient))
+        return d_q, d_k, d_v
 
-    ropes = [] if q_rope is None else [(q_rope, k_rope)]
-    carry = (
-        tuple(jnp.zeros_like(a) for a in (q_nope, *(q for q, _ in ropes))),
-        tuple(jnp.zeros(a.shape, jnp.float32) for a in (k_nope, v, *(k for _, k in ropes))),
-    )
-    sizes = (q_nope.shape[2], k_nope.shape[2])
-    to_query, to_keys = _walk(rows, carry, *sizes, q_offset, chunk, spans)
-    (dq_nope, *dq_rope), (dk_nope, dv, *dk_rope) = to_query, to_keys
-    d_all = (dq_nope, *(dq_rope or [None]), dk_nope, *(dk_rope or [None]), dv)
+    padded = jnp.zeros((*q.shape[:2], walk.padded, q.shape[3]), q.dtype)
+    carry = (padded, *(jnp.zeros(a.shape, jnp.float32) for a in (k, v)))
+    d_q, d_k, d_v = (a.swapaxes(1, 2) for a in walk.run(rows, carry))
+    d_q, nope = d_q[:, : q.shape[2]], q_nope.shape[-1]
+    rope = (None, None) if q_rope is None else (d_q[..., nope:], d_k[..., nope:].sum(axis=2))
+    d_all = (d_q[..., :nope], rope[0], d_k[..., :nope], rope[1], d_v)
     return tuple(
-        None if d is None else (d if d.ndim == 3 else d.swapaxes(1, 2)).astype(like.dtype)
-        for d, like in zip(d_all, likes, strict=True)
+        None if d is None else d.astype(like.dtype) for d, like in zip(d_all, likes, strict=True)
     )
 
 
@@ -105,60 +94,139 @@ def _dot(equation: str, *arrays: jax.Array) -> jax.Array:
     return jnp.einsum(equation, *arrays, preferred_element_type=jnp.float32)
 
 
-def _heads_first(a: Any) -> Any:
-    return None if a is None else a.swapaxes(1, 2)
-
-
-def _scores(q_nope, q_rope, k_nope, k_rope, scale):
-    score = _dot("bhtn,bhsn->bhts", q_nope, k_nope)
+def _joined(q_nope, q_rope, k_nope, k_rope, v):
+    """Queries, keys and values with heads first, the parts of a query and of a key side by side."""
+    q, k = q_nope, k_nope
     if q_rope is not None:
-        score += _dot("bhtr,bsr->bhts", q_rope, k_rope[:, : k_nope.shape[2]])
-    return score * scale
+        rope = jnp.broadcast_to(k_rope[:, :, None], (*k.shape[:3], k_rope.shape[-1]))
+        q, k = jnp.concatenate([q, q_rope], axis=-1), jnp.concatenate([k, rope], axis=-1)
+    return tuple(a.swapaxes(1, 2) for a in (q, k, v))
 
 
-def _visible(start, size: int, seen: int, q_offset, q_segments, k_segments):
-    """Which of `seen` keys each of `size` queries from `start` on may see: [B or 1, 1, T, S]."""
-    last = jnp.arange(size) + start + jnp.reshape(jnp.asarray(q_offset), (-1, 1))
-    visible = last[:, :, None] >= jnp.arange(seen)
-    if q_segments is not None:
-        marks = jax.lax.dynamic_slice_in_dim(q_segments, start, size, axis=1)
-        visible &= marks[:, :, None] == k_segments[:, None, :seen]
-    return visible[:, None]
+class _Part(NamedTuple):
+    """A chunk of queries, and the keys that it reads.
+
+    Attributes:
+        walk: all of them.
+        first: int32 [], the first query.
+        start: int32 [], the first key.
+        width: number of keys.
+    """
+
+    walk: "_Walk"
+    first: Any
+    start: Any
+    width: int
+
+    def queries(self, a: jax.Array) -> jax.Array:
+        """Of an array [B, H, T, ...]."""
+        if spare := self.walk.padded - a.shape[2]:
+            a = jnp.pad(a, ((0, 0), (0, 0), (0, spare), (0, 0)))
+        return jax.lax.dynamic_slice_in_dim(a, self.first, self.walk.chunk, axis=2)
+
+    def keys(self, a: jax.Array) -> jax.Array:
+        """Of an array [B, H, S, ...]."""
+        return jax.lax.dynamic_slice_in_dim(a, self.start, self.width, axis=2)
+
+    def put(self, whole: jax.Array, part: jax.Array) -> jax.Array:
+        """Writes the results of the queries."""
+        part = part.astype(whole.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(whole, part, self.first, axis=2)
+
+    def add(self, whole: jax.Array, part: jax.Array) -> jax.Array:
+        """Adds to what the keys have got."""
+        part = self.keys(whole) + part
+        return jax.lax.dynamic_update_slice_in_dim(whole, part, self.start, axis=2)
+
+    def visible(self) -> jax.Array:
+        """Which keys each query may see, bool [B or 1, 1, queries, keys]."""
+        walk = self.walk
+        last = jnp.arange(walk.chunk) + self.first + jnp.reshape(jnp.asarray(walk.offset), (-1, 1))
+        visible = last[:, :, None] >= jnp.arange(self.width) + self.start
+        if walk.q_segments is not None:
+            cut = jax.lax.dynamic_slice_in_dim
+            marks = cut(walk.q_segments, self.first, walk.chunk, axis=1)
+            visible &= (
+                marks[:, :, None] == cut(walk.k_segments, self.start, self.width, axis=1)[:, None]
+            )
+        return visible[:, None]
 
 
-def _walk(rows, carry, queries: int, keys: int, q_offset, chunk: int, spans: int):
-    """Runs rows(start, size, keys to read, carry) -> carry over all queries, in order."""
-    chunks = -(-queries // chunk)
-    # Two chunks or more to a span: single ones are no loop, and XLA would run them side by side.
-    size = chunk * max(2, -(-chunks // spans))
-    for begin in range(0, queries, size):
-        end = min(begin + size, queries)
-        seen = min(max(end + q_offset, 1), keys) if isinstance(q_offset, int) else keys
-        whole = (end - begin) // chunk
+class _Walk(NamedTuple):
+    """Through all queries, a chunk at a time.
 
-        def step(i, carry, begin=begin, seen=seen):
-            return rows(begin + i * chunk, chunk, seen, carry)
+    Attributes:
+        keys: S.
+        chunk: queries of a part.
+        padded: queries in all, a multiple of `chunk`.
+        offset: int or int32 [B], see `api`.
+        q_segments, k_segments: int32 [B, padded] and [B, S], or None.
+        widths: numbers of keys that a part may read, rising.
+        least: int32 [padded / chunk], the first key that each part must read.
+    """
 
-        if whole:
-            carry = jax.lax.fori_loop(0, whole, step, carry)
-        if rest := (end - begin) % chunk:
-            carry = rows(end - rest, rest, seen, carry)
-    return carry
+    keys: int
+    chunk: int
+    padded: int
+    offset: Any
+    q_segments: Any
+    k_segments: Any
+    widths: list[int]
+    least: jax.Array
+
+    @classmethod
+    def of(cls, q, k, q_segments, k_segments, offset, chunk: int, spans: int) -> "_Walk":
+        """For q [B, H, T, .] and k [B, H, S, .]."""
+        queries, keys = q.shape[2], k.shape[2]
+        chunk = min(chunk, queries)
+        padded = -(-queries // chunk) * chunk
+        least = jnp.zeros((padded // chunk,), jnp.int32)
+        if q_segments is not None:
+            q_segments = jnp.pad(q_segments, ((0, 0), (0, padded - queries)), mode="edge")
+        if not isinstance(offset, int):  # no telling which keys: all of them
+            widths = [keys]
+        elif q_segments is None:
+            step = chunk * max(2, -(-keys // (chunk * spans)))
+            widths = [*range(step, keys, step), keys]
+        else:
+            least = chunk * _first_block(q_segments, k_segments, chunk).min(axis=0)
+            counts = (1, *(n << i for i in range(keys.bit_length()) for n in (2, 3)))
+            widths = [*(chunk * n for n in counts if chunk * n < keys), keys]
+        return cls(keys, chunk, padded, offset, q_segments, k_segments, widths, least)
+
+    def run(self, part: Callable, carry: Any) -> Any:
+        """Carries `carry` through part(which, carry) for all parts."""
+
+        def step(i, carry):
+            first = i * self.chunk
+            if len(self.widths) == 1:
+                return part(_Part(self, first, 0, self.keys), carry)
+            end = jnp.clip(first + self.chunk + self.offset, 1, self.keys)
+
+            def read(width: int) -> Callable:
+                start = jnp.clip(end - width, 0, self.keys - width)
+                return lambda carry: part(_Part(self, first, start, width), carry)
+
+            which = (jnp.asarray(self.widths) < end - self.least[i]).sum()
+            return jax.lax.switch(which, [read(width) for width in self.widths], carry)
+
+        count = self.padded // self.chunk
+        return step(0, carry) if count == 1 else jax.lax.fori_loop(0, count, step, carry)
 
 
-def _rows(a: Any, start, size: int) -> Any:
-    return None if a is None else jax.lax.dynamic_slice_in_dim(a, start, size, axis=2)
+def _first_block(q_segments: jax.Array, k_segments: jax.Array, size: int) -> jax.Array:
+    """Which `size` keys are the first that may share a segment with each `size` queries, int32
+    [B, T / size].
 
+    It compares the ranges of the numbers: exact where numbers rise along a row, never too late.
+    """
 
-def _put(arrays, parts, start):
-    """Writes rows from `start` on."""
-    return tuple(
-        jax.lax.dynamic_update_slice_in_dim(a, part.astype(a.dtype), start, axis=2)
-        for a, part in zip(arrays, parts, strict=True)
-    )
+    def ranges(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+        marks = segments.astype(jnp.uint32)  # of padding, which comes last, -1: the largest
+        marks = jnp.pad(marks, ((0, 0), (0, -marks.shape[1] % size)), mode="edge")
+        marks = marks.reshape(marks.shape[0], -1, size)
+        return marks.min(axis=2), marks.max(axis=2)
 
-
-def _add_in_front(total: jax.Array, part: jax.Array) -> jax.Array:
-    """Adds to the first keys, which are all that a span sees."""
-    front = (slice(None),) * (total.ndim - 2) + (slice(0, part.shape[-2]),)
-    return total.at[front].add(part)
+    (q_low, q_high), (k_low, k_high) = ranges(q_segments), ranges(k_segments)
+    meet = (q_low[:, :, None] <= k_high[:, None]) & (k_low[:, None] <= q_high[:, :, None])
+    return jnp.argmax(meet, axis=2).astype(jnp.int32)

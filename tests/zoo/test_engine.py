@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deepzoo import zoo
-from deepzoo.zoo import engine as engine_module
+from deepzoo.zoo import decode as programs
 from deepzoo.zoo.engine import Engine, Request
 from deepzoo.zoo.errors import RequestError
 
@@ -57,7 +57,7 @@ def test_the_longest_answers_go_on_alone(speculative):
         tokens = {n: [] for n in range(64)}
         for event in engine.run(requests, chunk=8):
             tokens[event.request] += event.tokens
-        assert len(engine.owner) == 16
+        assert [len(lane.owner) for lane in engine.lanes] == [8, 8]
         alone = collect(requests, slots=4, speculative=speculative)[0]
         assert [tokens[n] for n in range(64)] == alone
     assert len(tokens[3]) == 30
@@ -120,7 +120,7 @@ def test_release_frees_the_row():
 
 
 def test_long_prompts_go_through_in_pieces(monkeypatch, expected):
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(programs, "PREFILL_CHUNK", 16)
     # Another config object, so that the program is not the one compiled with the usual chunk.
     config = dataclasses.replace(CONFIG, max_position_embeddings=255)
     engine = Engine(config, PARAMS, slots=1, capacity=64)
@@ -132,14 +132,14 @@ def test_long_prompts_go_through_in_pieces(monkeypatch, expected):
 def test_nothing_is_recompiled_as_lengths_grow():
     config = dataclasses.replace(CONFIG, max_position_embeddings=254)
     engine = Engine(config, PARAMS, slots=1, capacity=64)
-    before = engine_module.decode._cache_size()
+    before = programs.decode._cache_size()
     for length in range(17, 33):  # one prefill bucket
         list(engine.run([Request([1] * length, 3 + length % 5, temperature=0.0)], chunk=8))
-    assert engine_module.decode._cache_size() == before + 1
-    started = engine_module.prefill._cache_size()
+    assert programs.decode._cache_size() == before + 1
+    started = programs.prefill._cache_size()
     list(engine.run([Request([1] * 20, 30, temperature=0.0)], chunk=8))
-    assert engine_module.prefill._cache_size() == started
-    assert engine_module.decode._cache_size() == before + 1
+    assert programs.prefill._cache_size() == started
+    assert programs.decode._cache_size() == before + 1
 
 
 def test_speculative_sampling_keeps_the_distribution():

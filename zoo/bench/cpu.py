@@ -94,7 +94,7 @@ def ours(model: Model, case: Case) -> tuple[float, list[int]]:
     first = [next(events) for _ in requests]
     if case.operation == "prefill":
         return time.perf_counter() - start, first[0].tokens
-    jax.block_until_ready(engine.state.token)
+    jax.block_until_ready([lane.state.token for lane in engine.lanes])
     start = time.perf_counter()
     rest = list(events)
     seconds = time.perf_counter() - start

@@ -1,6 +1,6 @@
 """Whole models with random weights on one GPU: prefill, decode, a training step, one V3 layer.
 
-Decode and prefill go through the programs that generation runs (`zoo.engine`). The share of the
+Decode and prefill go through the programs that generation runs (`zoo.decode`). The share of the
 memory floor compares a decode step with reading, once, every weight that its tokens need and every
 cache entry that they see; how many experts a batch meets is the expectation for a uniform router.
 Utilisation counts the multiplications of the model itself, no recomputation, against the GPU's
@@ -21,7 +21,7 @@ import numpy as np
 
 from deepzoo.kernels.linear_cross_entropy import linear_cross_entropy
 from deepzoo.kernels.targets import H200_BYTES_PER_S, TARGETS
-from deepzoo.zoo import catalog, engine
+from deepzoo.zoo import catalog, decode
 from deepzoo.zoo.bench import gpu_peer, kernels
 from deepzoo.zoo.config import Config, Quantization
 from deepzoo.zoo.count import cache_bytes, count
@@ -256,14 +256,15 @@ def _serve(chosen: Size, kind: str, rounds: int, told: Told) -> Iterator[Row]:
 
 
 def _prefill(config: Config, params: Params, batch: int, tokens: int, rounds: int) -> float:
-    served = engine.Engine(config, params, slots=batch, capacity=tokens + 1)
+    state, eos = decode.empty(config, params, batch, tokens + 1), jnp.asarray([-1], jnp.int32)
     ids = jax.random.randint(jax.random.key(1), (batch, tokens), 0, config.vocab_size)
     lengths, budget = jnp.full((batch,), tokens), jnp.full((batch,), 2)
     slots = jnp.arange(batch)
 
     def call() -> Any:
-        served.state, token, _ = engine.prefill(
-            config, params, served.state, ids, lengths, slots, budget, _greedy(batch), served.eos
+        nonlocal state
+        state, token, _ = decode.prefill(
+            config, params, state, ids, lengths, slots, budget, _greedy(batch), eos
         )
         return token
 
@@ -282,28 +283,28 @@ def _decode(
     config: Config, params: Params, batch: int, context: int, steps: int, rounds: int
 ) -> float:
     """Seconds of one step, in a loop of `steps` on the device: what a start costs is lost in it."""
-    served = engine.Engine(config, params, slots=batch, capacity=context + steps)
+    state = decode.empty(config, params, batch, context + steps)
     fill = jax.jit(
         lambda cache: jax.tree.map(
             lambda a: jax.random.normal(jax.random.key(2), a.shape, a.dtype), cache
         ),
         donate_argnums=0,
     )
-    cache = served.state.cache
-    served.state = served.state._replace(
-        cache=cache._replace(layers=fill(cache.layers)), sampling=_greedy(batch)
+    state = state._replace(
+        cache=state.cache._replace(layers=fill(state.cache.layers)), sampling=_greedy(batch)
     )
-    limit = jnp.asarray(batch, jnp.int32)
+    eos, limit = jnp.asarray([-1], jnp.int32), jnp.asarray(batch, jnp.int32)
 
     def call() -> Any:
-        start = served.state._replace(
-            cache=served.state.cache._replace(lengths=jnp.full((batch,), context)),
+        nonlocal state
+        start = state._replace(
+            cache=state.cache._replace(lengths=jnp.full((batch,), context)),
             token=jnp.zeros((batch,), jnp.int32),
             step=jnp.ones((batch,), jnp.int32),
             budget=jnp.full((batch,), 1 << 20),
             done=jnp.zeros((batch,), bool),
         )
-        served.state, tokens, _, _ = engine.decode(config, params, start, served.eos, limit, steps)
+        state, tokens, _, _ = decode.decode(config, params, start, eos, limit, steps)
         return tokens
 
     return median(call, rounds) / steps
