@@ -74,6 +74,7 @@ from deepzoo.recipes.parts.rollout import (
 )
 from deepzoo.recipes.parts.run import Options, Run, mesh_of
 from deepzoo.recipes.parts.schedules import Schedule, scaled, warmup_constant_decay
+from deepzoo.recipes.parts.shared_rows import scored, shared
 from deepzoo.recipes.parts.step import (
     Loss,
     Metrics,
@@ -164,6 +165,8 @@ class Recipe:
     """Largest norm of the gradient."""
     accumulate: int = 1
     """Micro-batches of an update."""
+    packed: bool = False
+    """Answers share the rows of an update, each seeing itself alone: the same sums in less time."""
     remat: Remat = "none"
     """Layers, or all but their dense products, are computed again going back, to save memory."""
     compute: Literal["float32", "bfloat16"] = "float32"
@@ -287,7 +290,7 @@ def learner(recipe: Recipe, model: Model, task: Task, tx, like: State, ready: Ca
         experts = jnp.moveaxis(found.routing.indices, 1, 0) if found.routing else None
         return found.logprobs, experts if recipe.replay else None
 
-    def scored(params, tokens, temperature: float = recipe.temperature):
+    def reread(params, tokens, temperature: float = recipe.temperature):
         """Log-probabilities [N, T - 1] and, to be replayed, experts [N, L, T - 1, K]."""
         rows = recipe.prompts * recipe.answers // recipe.minibatches // recipe.accumulate
         cut = [tokens[i : i + rows] for i in range(0, len(tokens), rows)]
@@ -299,10 +302,10 @@ def learner(recipe: Recipe, model: Model, task: Task, tx, like: State, ready: Ca
 
     def recomputed(params, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """`old`, and what the generator reported as `rollout`, at the same temperature."""
-        old, experts = scored(params, batch["tokens"])
+        old, experts = reread(params, batch["tokens"])
         reported = batch["old"]
         if recipe.temperature != 1.0:  # the difference at 1, where there is something to compare
-            reported = old + reported - scored(params, batch["tokens"], 1.0)[0]
+            reported = old + reported - reread(params, batch["tokens"], 1.0)[0]
         found = {"old": old, "rollout": reported}
         return found if experts is None else found | {"experts": experts}
 
@@ -341,8 +344,9 @@ def learner(recipe: Recipe, model: Model, task: Task, tx, like: State, ready: Ca
             batch |= recomputed(policy(state), batch)
         if objective.beta:
             reference = with_bias(state.extra["reference"], state.bias)
-            batch["reference"] = scored(reference, batch["tokens"])[0]
-        state, metrics = update(state, minibatches(batch, recipe.minibatches))
+            batch["reference"] = reread(reference, batch["tokens"])[0]
+        parts = minibatches(batch | {"ends": made.ends}, recipe.minibatches)
+        state, metrics = update(state, [shared(p, width, recipe.packed) for p in parts])
         every = recipe.reference_every
         if objective.beta and every and int(state.step) % every == 0:
             state = state._replace(extra={"reference": _reference(recipe, state.params)})
@@ -362,24 +366,20 @@ def updating(recipe: Recipe, config: Config, tx: optax.GradientTransformation) -
 
 
 def learning(recipe: Recipe, config: Config) -> Loss:
-    """The loss of an update, over batches of `_batch`."""
+    """The loss of an update, over batches of `_batch`, or of `shared`."""
 
     def loss(params, batch, key):
         del key
-        experts = batch.get("experts")
-        found = score(
-            config, params, batch["tokens"], temperature=recipe.temperature, remat=recipe.remat,
-            experts=None if experts is None else jnp.moveaxis(experts, 0, 1),
-        )  # fmt: skip
+        found, counted = scored(
+            config, params, batch, temperature=recipe.temperature, remat=recipe.remat
+        )
         out = policy_loss(
             recipe.objective, found.logprobs, found.entropy, batch["old"], batch["advantages"],
             batch["mask"], longest=recipe.max_tokens, reference=batch.get("reference"),
             rollout=batch.get("rollout"),
         )  # fmt: skip
         if found.routing is not None:
-            counts = functools.partial(
-                expert_counts, experts=config.n_routed_experts, mask=batch["mask"] > 0
-            )
+            counts = functools.partial(expert_counts, experts=config.n_routed_experts, mask=counted)
             out.metrics["load"] = {"moe": jax.vmap(counts)(found.routing.indices)}
         return out
 
@@ -460,6 +460,10 @@ def _check(recipe: Recipe, model: Model) -> None:
         raise RequestError(
             "the correction of rollouts weighs the trainer's pi_old against the generator's, and"
             " --old rollout takes the latter for both; set --old recomputed"
+        )
+    if recipe.packed and (micro > 1 or recipe.replay):
+        raise RequestError(
+            "--packed puts an update's answers into rows of its own: no --accumulate, no --replay"
         )
     if recipe.replay and not model.config.num_moe_layers:
         raise RequestError(f"{recipe.model} has no experts to replay; leave out --replay")

@@ -143,7 +143,7 @@ def _open(settings: Any, **changes: Any) -> Any:
 _RL = _open(
     grpo.PRESETS["nano"], steps=20, prompts=16, answers=8, max_tokens=256, prompt_tokens=24,
     scale="none", objective=Objective(clip_high=0.28, norm="token"), rate=2e-4, beta2=0.99,
-    decay=0.5, format=0.2, slots=128, held_out=100, evaluate_every=0,
+    decay=0.5, format=0.2, slots=128, held_out=100, evaluate_every=0, packed=True,
 )  # fmt: skip
 _RL_MORE = dataclasses.replace(_RL, language=0.2, steps=12, max_tokens=552, rate=5e-5)
 _SFT = _open(  # a long search behind a conversation may be longer than a row
@@ -152,7 +152,7 @@ _SFT = _open(  # a long search behind a conversation may be longer than a row
 )  # fmt: skip
 _ZERO = _open(grpo.PRESETS["r1_zero"])
 _SMALL: dict[str, Any] = {
-    "prompts": 64, "accumulate": 8, "rate": 5e-5, "slots": 512, "held_out": 500,
+    "prompts": 64, "accumulate": 8, "packed": False, "rate": 5e-5, "slots": 512, "held_out": 500,
 }  # fmt: skip
 _SFT_SMALL = dataclasses.replace(
     _SFT, samples=60000, epochs=2, rows=64, rate=3e-4, compute="bfloat16"

@@ -8,6 +8,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from deepzoo import zoo
@@ -25,6 +26,7 @@ from deepzoo.recipes.parts.logprobs import score
 from deepzoo.recipes.parts.policy import Objective
 from deepzoo.recipes.parts.rollout import Trajectories, figures, replaced, rollout
 from deepzoo.recipes.parts.run import Options
+from deepzoo.recipes.parts.shared_rows import shared
 from deepzoo.recipes.parts.step import start
 from deepzoo.zoo.errors import RequestError
 from deepzoo.zoo.prompt import encode
@@ -218,6 +220,37 @@ def test_a_replayed_update_keeps_the_experts(model, made):
     np.testing.assert_array_equal(held.indices, scored.routing.indices)
 
 
+def test_answers_that_share_rows_give_the_same_update(model, made):
+    """Loss, gradient, metrics and loads of experts, whatever lies beside an answer."""
+    found = made[1]
+    recipe = dataclasses.replace(TINY, objective=Objective(level="sequence", norm="sequence"))
+    rewards = np.linspace(0, 1, 16).reshape(4, 4)
+    rewards[1, 2] = np.nan  # an answer that does not count
+    apart = grpo._batch(recipe, found, rewards, np.linspace(-1, 1, 16).reshape(4, 4))
+    together = shared(apart | {"ends": found.ends}, 160)
+    apart = shared(apart | {"ends": found.ends}, 160, packed=False)
+    filled = (together["segments"] >= 0).sum()
+    assert filled == found.ends.sum()
+    assert together["segments"].max() >= 1
+    assert len(together["rows"]) < 16
+    loss = grpo.learning(recipe, model.config)
+
+    def run(batch):
+        def total(params):
+            out = loss(params, batch, jax.random.key(0))
+            return out.loss / out.weight, out
+
+        return jax.value_and_grad(total, has_aux=True)(model.params)
+
+    ((a, one), gradient), ((b, other), same) = run(apart), run(together)
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert one.weight == other.weight == 15
+    np.testing.assert_array_equal(one.metrics["load"]["moe"], other.metrics["load"]["moe"])
+    np.testing.assert_allclose(one.metrics["entropy"].total, other.metrics["entropy"].total, 1e-5)
+    off = optax.tree.norm(jax.tree.map(jnp.subtract, gradient, same))
+    assert off < 1e-5 * optax.tree.norm(gradient)
+
+
 def verdicts(*accuracies):
     return [{"accuracy": a, "format": 1.0, "language": 0.5} for a in accuracies]
 
@@ -282,6 +315,7 @@ def test_dead_groups_are_replaced_and_the_others_stay():
         ({"least": 1.1}, "fine-tune it first"),
         ({"minibatches": 3}, "4 prompts do not form 3 mini-batches"),
         ({"accumulate": 3}, "16 answers of a mini-batch do not form 3 micro-batches"),
+        ({"packed": True, "accumulate": 2}, "no --accumulate"),
         ({"temperature": 0.0}, "must be above 0"),
         ({"temperature": 0.7, "objective": Objective(correction="mask")}, "needs temperature 1"),
         ({"objective": Objective(correction="mask")}, "set --old recomputed"),
