@@ -116,6 +116,7 @@ class Engine:
         self.speculative = speculative
         halves = 2 if jax.default_backend() == "cpu" and slots >= ROWS_OF_TWO_LANES else 1
         self.lanes = [Lane(self, slots // halves + i * (slots % halves)) for i in range(halves)]
+        self._released: set[int] = set()
 
     @property
     def drafted(self) -> int:
@@ -138,6 +139,7 @@ class Engine:
             RequestError: a request that cannot be served; none has started then.
         """
         numbered = list(enumerate(requests))
+        self._released.clear()
         for _, request in numbered:
             self._check(request)
         lanes = self.lanes
@@ -158,13 +160,18 @@ class Engine:
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     lane = running.pop(future)
-                    yield from future.result()
-                    if lane.busy:  # not before its events were seen, which may release rows
+                    for event in future.result():  # one of a turn may release a row of the next
+                        if event.request not in self._released:
+                            yield event
+                    if lane.busy:
                         running[started(lane)] = lane
 
     def release(self, index: int) -> None:
-        """Ends a request early (a stop string was seen), on its event; its row becomes free."""
-        next(lane for lane in self.lanes if index in lane.owner).release(index)
+        """Ends a request early (a stop string was seen), on its event: it gets no more of them, and
+        its row becomes free."""
+        self._released.add(index)
+        for lane in self.lanes:
+            lane.release(index)
 
     def _check(self, request: Request) -> None:
         length, vocabulary = len(request.tokens), self.config.vocab_size
@@ -229,10 +236,11 @@ class Lane:
                 self._shrink()
 
     def release(self, index: int) -> None:
-        """Ends a request early."""
-        row = self.owner.index(index)
-        self.owner[row] = None
-        self.state = self.state._replace(done=self.state.done.at[row].set(True))
+        """Ends a request early, if it is here and goes on."""
+        if index in self.owner:
+            row = self.owner.index(index)
+            self.owner[row] = None
+            self.state = self.state._replace(done=self.state.done.at[row].set(True))
 
     def _shrink(self) -> None:
         """Leaves out rows that have ended, if few are left."""

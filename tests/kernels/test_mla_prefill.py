@@ -32,9 +32,23 @@ def assert_close(out, expected, bound=2e-6):
         assert np.abs(a[finite] - b[finite]).max() < bound * max(1.0, np.abs(b[finite]).max())
 
 
+def padded(batch, tokens):
+    """Segment ids of rows that end in padding, one of them early."""
+    marks = packed(batch, tokens)
+    marks[0, tokens // 3 :], marks[1:, -2:] = -1, -1
+    return marks
+
+
+MIXED = np.random.default_rng(5).integers(0, 3, (2, 37)).astype(np.int32)
 CASES = {
     "plain": ({}, {}),
     "segments": ({}, {"q_segments": packed(2, 37), "k_segments": packed(2, 37)}),
+    "segments and padding": ({}, {"q_segments": padded(2, 37), "k_segments": padded(2, 37)}),
+    "segments that come again": ({}, {"q_segments": MIXED, "k_segments": MIXED}),
+    "segments of a later part": (
+        {"queries": 9, "keys": 37},
+        {"q_segments": packed(2, 37)[:, 28:], "k_segments": packed(2, 37), "q_offset": 28},
+    ),
     "offset": ({"queries": 9, "keys": 20}, {"q_offset": 11}),
     "fewer keys than queries see": ({"queries": 20, "keys": 9}, {"q_offset": 0}),
     "nothing to see at first": ({}, {"q_offset": -5}),
@@ -59,6 +73,19 @@ def test_forward_and_backward_equal_the_reference(case, spans):
     assert_close(gradients, expected, 1e-5)
     public = mla_prefill(*arrays, scale=SCALE, **options)
     assert_close(public, (out, lse))
+
+
+@pytest.mark.parametrize(
+    ("marks", "exact"), [(packed(4, 60, 5), True), (padded(4, 60), True), (MIXED, False)]
+)
+def test_what_is_read_begins_with_the_first_segment_that_is_seen(marks, exact):
+    """In blocks of 4 keys: the first block with a key of a segment of the queries."""
+    found = np.asarray(xla._first_block(marks, marks, 4))
+    blocks = [marks[:, i : i + 4] for i in range(0, marks.shape[1], 4)]
+    for row in range(len(marks)):
+        for i, block in enumerate(blocks):
+            seen = [j for j, b in enumerate(blocks) if np.isin(b[row], block[row]).any()]
+            assert found[row, i] == seen[0] if exact else found[row, i] <= seen[0]
 
 
 def test_the_reference_gradient_equals_finite_differences():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,39 @@ def test_release_frees_the_row():
             engine.release(0)
     assert seen.count(0) == 2
     assert seen.count(1) >= 6
+
+
+def test_a_row_of_either_half_is_released():
+    """Enough rows for two halves, each of which has its own thread on a CPU."""
+    requests = [Request(PROMPTS[n % 5], 12, temperature=0.0) for n in range(48)]
+    engine = Engine(CONFIG, PARAMS, slots=32, capacity=64)
+    assert len(engine.lanes) == 2
+    seen = dict.fromkeys(range(48), 0)
+    for event in engine.run(requests, chunk=2):
+        seen[event.request] += len(event.tokens)
+        if event.request < 2 and event.finish is None:
+            engine.release(event.request)
+    assert [seen[n] for n in (0, 1)] == [1, 1]
+    assert all(seen[n] == 12 for n in range(2, 48))
+
+
+def test_an_answer_that_nobody_waits_for_ends_the_halves():
+    requests = [Request(PROMPTS[n % 5], 30, temperature=0.0) for n in range(48)]
+    engine = Engine(CONFIG, PARAMS, slots=32, capacity=64)
+    events = engine.run(requests, chunk=2)
+    next(events)
+    events.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("ThreadPool")]
+
+
+def test_a_failure_in_a_half_reaches_the_caller(monkeypatch):
+    def broken(*_):
+        raise FloatingPointError("as it may happen")
+
+    engine = Engine(CONFIG, PARAMS, slots=32, capacity=64)
+    monkeypatch.setattr(programs, "decode", broken)
+    with pytest.raises(FloatingPointError, match="as it may happen"):
+        list(engine.run([Request([1], 4) for _ in range(40)]))
 
 
 def test_long_prompts_go_through_in_pieces(monkeypatch, expected):

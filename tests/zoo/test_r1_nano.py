@@ -67,10 +67,15 @@ def test_they_are_as_good_as_their_cards_say(name):
     assert least <= high and low <= most, (card, str(found))
 
 
+def told(name, line):
+    """Share of 500 problems on a card."""
+    return int(training(name)[line].split(" of ")[0]) / 500
+
+
 def test_the_ladder():
-    share = {
-        n: int(training(n)["accuracy, temperature 0.6"].split(" of ")[0]) / 500 for n in LADDER
-    }
+    share = {n: told(n, "accuracy, temperature 0.6") for n in LADDER}
+    assert told("r1-nano", "accuracy, greedy") >= 0.9
+    assert told("r1-nano", "four numbers, temperature 0.6") >= 0.6
     assert share["r1-zero-nano"] >= share["r1-base-nano"] + 0.4
     assert share["r1-nano"] >= 0.95
     assert share["r1-distill-nano"] >= 0.9 * share["r1-nano"]
