@@ -92,8 +92,8 @@ def scored(
     """
     if "place" in batch:
         found = score(config, params, batch["rows"], batch["segments"], **options)
-        taken = (a.reshape(-1)[batch["place"]] for a in found[:2])
-        return Scored(*taken, found.routing), batch["counted"]
+        logprobs, entropy = (a.reshape(-1)[batch["place"]] for a in found[:2])
+        return Scored(logprobs, entropy, found.routing), batch["counted"]
     experts = batch.get("experts")
     given = None if experts is None else jnp.moveaxis(experts, 0, 1)
     return score(config, params, batch["tokens"], experts=given, **options), batch["mask"] > 0
