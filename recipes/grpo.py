@@ -30,9 +30,8 @@ Deviations:
 * multi-token prediction is not trained: the layer is saved as it was.
 
 Left out: replaying the experts of the generator (`replay` takes those of the trainer's own first
-pass, which chose them from the same numbers to within rounding); the mask of top-p sampling, for
-rollouts always draw from the whole distribution; entropy bonuses that adapt, and losses over the
-tokens of highest entropy alone.
+pass, which chooses alike); the mask of top-p sampling, for rollouts draw from the whole
+distribution; entropy bonuses that adapt, and losses over the tokens of highest entropy alone.
 """
 
 import dataclasses
