@@ -6,6 +6,7 @@ B rows (slots)  T prompt bucket  S capacity  V vocabulary  N loop steps
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -181,17 +182,7 @@ def decode(
         )
         return n + 1, state, tokens, logprobs, kept.at[n].set(going)
 
-    def more(carry):
-        return (carry[0] < steps) & (carry[1].done.sum() < limit)
-
-    start = (
-        jnp.zeros((), jnp.int32),
-        state,
-        jnp.zeros((steps, batch), jnp.int32),
-        jnp.zeros((steps, batch), jnp.float32),
-        jnp.zeros((steps, batch), bool),
-    )
-    return jax.lax.while_loop(more, body, start)[1:]
+    return _looped(body, state, limit, (steps, batch))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
@@ -251,14 +242,15 @@ def decode_drafted(
         logprobs = logprobs.at[n].set(jnp.stack([first_logprob, second_logprob], axis=1))
         return n + 1, state, tokens, logprobs, kept.at[n].set(keep)
 
-    def more(carry):
-        return (carry[0] < steps) & (carry[1].done.sum() < limit)
+    return _looped(body, state, limit, (steps, batch, 2))
 
-    start = (
-        jnp.zeros((), jnp.int32),
-        state,
-        jnp.zeros((steps, batch, 2), jnp.int32),
-        jnp.zeros((steps, batch, 2), jnp.float32),
-        jnp.zeros((steps, batch, 2), bool),
-    )
-    return jax.lax.while_loop(more, body, start)[1:]
+
+def _looped(body: Callable, state: State, limit: jax.Array, shape: tuple[int, ...]) -> Any:
+    """Runs body(n, state, tokens, logprobs, kept) until `limit` rows are done, N times at most;
+    `shape` is that of the last three, [N, B, ...]."""
+
+    def more(carry):
+        return (carry[0] < shape[0]) & (carry[1].done.sum() < limit)
+
+    filled = (jnp.zeros(shape, dtype) for dtype in (jnp.int32, jnp.float32, bool))
+    return jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), state, *filled))[1:]
